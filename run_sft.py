@@ -1,0 +1,162 @@
+"""Stage 2, cold start: supervised fine-tuning on TIRGen's trajectories.
+
+    python run_sft.py                                   # the demo model on runs/tirgen/tir.jsonl
+    python run_sft.py --data tir.jsonl --model Qwen/Qwen2.5-Math-7B --lr 2e-6 --batch 128 --out runs/sft-7b
+
+    L = - sum over action tokens of log p(token | before) / number of action tokens of the whole batch
+
+Tool output is read but never learned: its tokens have action_mask 0. Writes <out>/final, a Hugging Face folder, and
+<out>/eval.json with the scores on 64 held-out synthetic problems, before (eval_base.json) and after.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from thor.engine import HFEngine
+from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
+from thor.executor import Executor
+from thor.fences import encode
+from thor.policy import DEMO_MODEL, load_policy, optimizer_step, restore, save_checkpoint, save_policy
+from thor.prompts import render_prompt
+from thor.rollout import derive_seed
+from thor.runlog import Run, UserError, parse_settings, user_errors
+from thor.trajectory import Problem, Trajectory
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of run_sft.py."""
+
+    data: str = field(default="runs/tirgen/tir.jsonl", metadata={"help": "trajectories from run_tirgen.py"})
+    model: str = field(default=DEMO_MODEL, metadata={"help": "demo name, folder or hub id"})
+    epochs: int = field(default=3, metadata={"help": "passes over the data (paper: 3)"})
+    batch: int = field(default=16, metadata={"help": "trajectories per optimizer step (paper: 128)"})
+    lr: float = field(default=1e-4, metadata={"help": "learning rate, constant after the warm-up (paper: 2e-6)"})
+    warmup: float = field(
+        default=0.05, metadata={"help": "share of the steps over which lr rises from 0 (paper: 0.05)"}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "of AdamW"})
+    max_length: int = field(
+        default=1024, metadata={"help": "longer trajectories are left out, in tokens (paper: 20,000)"}
+    )
+    clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
+    micro_tokens: int = field(default=1024, metadata={"help": "distinct tokens in one forward and backward pass"})
+    save_every: int = field(default=50, metadata={"help": "optimizer steps between checkpoints"})
+    evaluate: bool = field(default=True, metadata={"help": "score held-out problems before and after"})
+    device: str = field(default="auto", metadata={"help": "'cpu', 'cuda', or 'auto'"})
+    seed: int = field(default=0, metadata={"help": "of the order of the data"})
+    out: str = field(default="runs/sft", metadata={"help": "run folder to write"})
+    resume: bool = field(default=False, metadata={"help": "go on in the run folder --out"})
+
+
+def load_trajectories(path: str, tokenizer) -> list[Trajectory]:
+    """tir.jsonl as token ledgers; what the policy wrote has mask 1 and ends with EOS, tool output has mask 0."""
+    trajectories = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            problem = Problem(str(row["id"]), row["question"], str(row["answer"]))
+            segments = [(segment["text"], segment["sampled"]) for segment in row["segments"]]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"--data {path}, line {number}: {what}; a row of run_tirgen.py is wanted") from error
+        trajectories.append(to_ledger(problem, segments, tokenizer))
+    if not trajectories:
+        raise UserError(f"--data {path}: empty; run_tirgen.py writes it")
+    return trajectories
+
+
+def to_ledger(problem: Problem, segments: list[tuple[str, bool]], tokenizer) -> Trajectory:
+    """Encode each segment on its own: exactly what a rollout would have appended."""
+    trajectory = Trajectory(problem, render_prompt(tokenizer, problem.question), finish="stop", reward=1.0)
+    for text, sampled in segments:
+        ids = encode(tokenizer, text)
+        if sampled:
+            trajectory.append_sampled(ids, [0.0] * len(ids))
+        else:
+            trajectory.append_observation(ids)
+    trajectory.append_sampled([tokenizer.eos_token_id], [0.0])
+    return trajectory
+
+
+def sft_loss(logp: torch.Tensor, tokens: int) -> torch.Tensor:
+    """-sum(logp) / tokens, with logp [N] of a micro-batch and the number of action tokens in the whole batch."""
+    return -logp.sum() / tokens
+
+
+def batches_of(count: int, settings: Settings) -> list[list[int]]:
+    """Indices of each optimizer step: a new order each epoch, all rows used, the last batch of an epoch is smaller."""
+    steps = []
+    for epoch in range(settings.epochs):
+        order = list(range(count))
+        random.Random(derive_seed(settings.seed, "order", epoch)).shuffle(order)
+        steps += [order[i : i + settings.batch] for i in range(0, count, settings.batch)]
+    return steps
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = parse_settings(Settings, __doc__, argv)
+    with user_errors():
+        run = Run(settings.out, settings, settings.resume)
+        if not Path(settings.data).is_file():  # said before the model is loaded
+            raise UserError(f"--data {settings.data}: no such file; run_tirgen.py writes it")
+        model, tokenizer = load_policy(settings.model, settings.device)
+        everything = load_trajectories(settings.data, tokenizer)
+        run.start()
+    rows = [t for t in everything if len(t.prompt_ids) + len(t) <= settings.max_length]
+    sequences = [t.prompt_ids + t.token_ids for t in rows]
+    scored = [[len(t.prompt_ids) + i for i, sampled in enumerate(t.action_mask) if sampled] for t in rows]
+    print(f"{len(rows)} trajectories, {sum(map(len, scored))} tokens to learn, {len(everything) - len(rows)} too long")
+
+    steps = batches_of(len(rows), settings)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+    )
+    start = restore(run, model, optimizer).get("step", 0)
+    run.rewind("metrics.jsonl", lambda record: record["step"] < start)
+    with Executor() as executor:
+        engine = HFEngine(model, tokenizer)
+        if settings.evaluate and not (run / "eval_base.json").exists():
+            base, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "base model")
+            run.write_json("eval_base.json", base)
+        with tqdm(total=len(steps), initial=start, desc="sft", unit="step") as bar:
+            for step in range(start, len(steps)):
+                batch = steps[step]
+                optimizer.param_groups[0]["lr"] = settings.lr * min(
+                    1.0, (step + 1) / max(1, settings.warmup * len(steps))
+                )
+                tokens = sum(len(scored[b]) for b in batch)
+                metrics = optimizer_step(
+                    model,
+                    optimizer,
+                    [sequences[b] for b in batch],
+                    [scored[b] for b in batch],
+                    lambda members, scores, tokens=tokens: sft_loss(scores.logp, tokens),
+                    micro_tokens=settings.micro_tokens,
+                    clip=settings.clip,
+                )
+                run.log(step, {**metrics, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens})
+                bar.update()
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+                if (step + 1) % settings.save_every == 0 and step + 1 < len(steps):
+                    save_checkpoint(run, model, optimizer, {"step": step + 1})
+        engine.update_weights(model.named_parameters())
+        if settings.evaluate:
+            after, trajectories = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after SFT")
+            run.write_trajectories("trajectories.jsonl", trajectories, tokenizer)
+            run.write_json("eval.json", after)
+            print(table([("base", json.loads((run / "eval_base.json").read_text())), ("after SFT", after)]))
+    with run.whole_folder("final") as folder:
+        save_policy(model, tokenizer, folder)
+    print(f"model in {run / 'final'}")
+
+
+if __name__ == "__main__":
+    main()

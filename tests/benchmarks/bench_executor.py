@@ -1,0 +1,241 @@
+"""What a call of the executor costs, beside the two usual ways, and what each of its layers adds.
+
+    python tests/benchmarks/bench_executor.py              latency, throughput, layers, memory: about two minutes
+    python tests/benchmarks/bench_executor.py --soak 20000  mixed snippets, 5 % hostile, from 4 threads
+
+(i) a subprocess per snippet; (ii) a process pool that calls exec() on the snippet, libraries loaded, as the evaluators
+of several RL projects do: no isolation and no limits but a timeout; (iii) thor.executor. Medians over repeated runs;
+the last line is JSON.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+from thor.executor import LAYERS, Executor
+
+SOLVE = "from sympy import *\nx = symbols('x')\nprint(solve(x**2 - {0}*x + {1}, x))"
+KINDS = [
+    SOLVE,
+    "from sympy import *\nx, y = symbols('x y')\nprint(solve([x + {0}*y - 3, x - y - {1}], [x, y]))",
+    "from sympy import *\nx = symbols('x')\nprint(integrate(x**2 * exp({0}*x), x))",
+    "from sympy import *\nx = symbols('x')\nprint(factor(expand((x - {0})*(x + {1})**2)), diff(sin({0}*x)/x, x))",
+    "from sympy import *\nx = symbols('x')\nprint(limit(sin({0}*x)/({1}*x), x, 0), series(cos({0}*x), x, 0, 4))",
+    "from sympy import *\nprint(Matrix([[{0}, 2], [3, {1}]]).inv(), Matrix([[{0}, 1], [1, {0}]]).eigenvals())",
+    "from sympy import *\nprint(factorint({0}**7 + {1}), totient({1} * 100), simplify(sqrt({0}) * sqrt({0} * 4)))",
+    "import numpy as np\nfrom math import comb\nprint(np.roots([1, -{0}, {1}]), sum(comb({1}, k) for k in range({0})))",
+]
+MIXED = [KINDS[i % 8].format(i // 8 + 2, i + 3) for i in range(64)]
+RUN_DIRECTLY = [sys.executable, "-c"]
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    return {f"p{q}": round(1e3 * ordered[min(len(ordered) - 1, len(ordered) * q // 100)], 2) for q in (50, 95)}
+
+
+def timed(function, *args) -> float:
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def by_subprocess(code: str) -> None:
+    subprocess.run([*RUN_DIRECTLY, "import numpy, sympy\n" + code], stdout=subprocess.PIPE, check=True)
+
+
+def load() -> None:
+    import numpy  # noqa: F401
+    import sympy  # noqa: F401
+
+
+def by_exec(code: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    return out.getvalue()
+
+
+def executor(workers: int, without: tuple[str, ...] = (), **options) -> Executor:
+    Executor._layers = tuple(name for name in LAYERS if name not in without)
+    try:
+        return Executor(workers=workers, **options)
+    finally:
+        Executor._layers = tuple(LAYERS)
+
+
+def processes(ex: Executor) -> list[int]:
+    mark, found = "\0".join(ex._process.args[1:]), []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_text():
+                found.append(int(path.parent.name))
+    return found
+
+
+def memory(ex: Executor, field: str) -> list[float]:
+    """MiB of each process of the executor."""
+    found = []
+    for pid in processes(ex):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith(field + ":"):
+                    found.append(int(line.split()[1]) / 1024)
+    return found
+
+
+def measure(rounds: int) -> dict:
+    found: dict = {"snippets": len(MIXED)}
+    # latency, one at a time
+    solves = [SOLVE.format(a + b, a * b) for a in range(2, 2 + rounds) for b in range(11, 19)]  # integer roots
+    surds = [SOLVE.format(a + 30, b + 20) for a in range(rounds) for b in range(8)]  # the answer needs square roots
+    with ProcessPoolExecutor(1, initializer=load) as pool:
+        pool.submit(by_exec, solves[0]).result()
+        for name, codes in {"solve": solves, "surds": surds}.items():
+            seconds = [timed(lambda c: pool.submit(by_exec, c).result(), c) for c in codes]
+            found[f"exec_{name}_ms"] = percentiles(seconds)
+    found["start_s"] = round(min(timed(lambda: executor(1).close()) for _ in range(3)), 2)
+    with executor(1) as ex:
+        found["protection"] = ex.protection
+        ex.run(["pass"] * 10)
+        found["ours_empty_ms"] = percentiles([timed(lambda: ex.submit("pass").result()) for _ in range(40 * rounds)])
+        for name, codes in {"solve": solves, "surds": surds}.items():
+            found[f"ours_{name}_ms"] = percentiles([timed(lambda c: ex.submit(c).result(), c) for c in codes])
+    found["subprocess_solve_ms"] = percentiles([timed(by_subprocess, c) for c in solves[: 4 * rounds]])
+    found["solve_speed_up"] = round(found["subprocess_solve_ms"]["p50"] / found["ours_solve_ms"]["p50"], 1)
+    # throughput
+    for workers in (1, 2):
+        rates: dict[str, list[float]] = {"exec": [], "ours": [], "subprocess": []}
+        for i in range(rounds):
+            with ProcessPoolExecutor(workers, initializer=load) as pool:
+                list(pool.map(by_exec, ["pass"] * workers))
+                rates["exec"].append(timed(lambda pool: list(pool.map(by_exec, MIXED)), pool))
+            with executor(workers) as ex:
+                results = ex.run(MIXED)  # also a check
+                assert all(r.passed for r in results), next(r for r in results if not r.passed)
+                rates["ours"].append(timed(ex.run, MIXED))
+            if i < 2:  # slow: half of them, and twice the time
+                with ThreadPoolExecutor(workers) as threads:
+                    rates["subprocess"].append(
+                        2 * timed(lambda pool: list(pool.map(by_subprocess, MIXED[::2])), threads)
+                    )
+        for name, seconds in rates.items():
+            found[f"{name}_per_s_{workers}"] = round(len(MIXED) / median(seconds), 1)
+            found[f"{name}_per_s_{workers}_best"] = round(len(MIXED) / min(seconds), 1)
+    found["mixed_speed_up"] = round(found["ours_per_s_2"] / found["subprocess_per_s_2"], 1)
+    # layers: an empty snippet back to back, so that the set-up of the next child counts
+    namespaces = ("net_namespace", "pid_namespace", "ipc_namespace", "mount_namespace")
+    variants = {"all": (), "namespaces": namespaces, "unprivileged": ("unprivileged",)}
+    variants |= {name: (name,) for name in ("landlock", "seccomp", "rlimits")} | {"none": tuple(LAYERS)}
+    costs: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, without in variants.items():
+            with executor(1, without) as ex:
+                ex.run(["pass"] * 10)
+                costs[name].append(timed(ex.run, ["pass"] * 100) * 10)
+    best = {name: min(milliseconds) for name, milliseconds in costs.items()}
+    found["layer_cost_ms"] = {name: round(best["all"] - best[name], 2) for name in variants if name != "all"}
+    found["empty_back_to_back_ms"] = round(best["all"], 2)
+    # memory
+    with executor(2) as ex:
+        ex.run(MIXED)
+        time.sleep(0.3)
+        found["idle_mib"] = round(sum(memory(ex, "Pss")), 1)
+        before = set(processes(ex))
+        running = ex.submit(SOLVE.format(7, 10) + "\nimport time\ntime.sleep(0.7)")
+        time.sleep(0.4)
+        found["child_private_mib"] = round(max(memory(ex, "Private_Dirty")[2:], default=0.0), 1) if before else 0.0
+        running.result()
+    return found
+
+
+def soak(count: int) -> dict:
+    """Every result as expected, and nothing that grows."""
+    usual = [
+        (SOLVE.format(5, 6), "ok", "[2, 3]\n"),
+        ("print(6 * 7)", "ok", "42\n"),
+        ("import numpy as np\nprint(int(np.arange(10).sum()))", "ok", "45\n"),
+        ("from fractions import Fraction\nprint(Fraction(1, 3) + Fraction(1, 6))", "ok", "1/2\n"),
+        ("x = 1\ny", "error", ""),
+        ("1 + 1", "no_output", ""),
+        ("open('a', 'w').write('b')\nimport os\nprint(os.listdir('.'))", "ok", "['a']\n"),
+    ]
+    hostile = [
+        ("import os\nos.fork()", "blocked", ""),
+        ("import os\nos.kill(os.getppid(), 0)", "blocked", ""),
+        ("import socket\nsocket.socket()", "blocked", ""),
+        ("x = bytearray(10**11)", "memory", ""),
+        ("import ctypes\nctypes.string_at(0)", "error", ""),
+        ("import os\nos.closerange(0, 100)\nraise ValueError", "error", ""),
+        ("import builtins\nbuiltins.print = None\nprint(1)", "error", ""),
+        ("import signal\nsignal.signal(15, signal.SIG_IGN)\nwhile True: pass", "timeout", ""),
+        ("import os\nwhile True: os.write(2, b'x' * 4096)", "timeout", ""),
+        ("def f(): f()\nf()", "error", ""),
+    ]
+    wrong, samples, lock, done = [], [], threading.Lock(), [0]
+    with executor(2, timeout=1.0) as ex:
+
+        def work(thread: int) -> None:
+            for i in range(thread, count, 4):
+                code, status, out = hostile[i // 20 % len(hostile)] if i % 20 == thread else usual[i % len(usual)]
+                result = ex.submit(code).result()
+                with lock:
+                    done[0] += 1
+                    if (result.status, result.stdout) != (status, out) or result.seconds > 1.5:
+                        wrong.append((code, result))
+                    if done[0] % (count // 20 or 1) == 0:
+                        own = Path("/proc/self/statm").read_text().split()[1]
+                        sample = {
+                            "done": done[0],
+                            "caller_mib": int(own) * 4 // 1024,
+                            "fds": len(os.listdir("/proc/self/fd")),
+                        }
+                        sample |= {"server_mib": round(sum(memory(ex, "Pss"))), "processes": len(processes(ex))}
+                        samples.append(sample)
+                        print(sample, flush=True)
+
+        start = time.perf_counter()
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - start
+    for case in wrong[:10]:
+        print("unexpected:", case)
+    return {
+        "soak": count,
+        "unexpected": len(wrong),
+        "seconds": round(seconds),
+        "first": samples[0],
+        "last": samples[-1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of everything that is timed")
+    parser.add_argument("--soak", type=int, default=0, help="run this many mixed snippets instead")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    about = {"cpus": len(os.sched_getaffinity(0)), "kernel": platform.release(), "python": platform.python_version()}
+    about |= {"uid": os.getuid(), "load": [round(x, 1) for x in os.getloadavg()]}
+    print(about)
+    found = soak(args.soak) if args.soak else measure(args.rounds)
+    for name, value in found.items():
+        print(f"{name:28} {value}")
+    print(json.dumps(about | found))
+
+
+if __name__ == "__main__":
+    main()

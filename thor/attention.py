@@ -1,0 +1,119 @@
+"""One attention function for the sampler and the trainer, under transformers' own model code.
+
+Both work on a single row of T tokens [1, T] without padding; which token sees which is told by a `layout` that
+travels through the model as a keyword argument. The sampler's layout (engine.py) keeps keys and values in its cache;
+the trainer's is the `Tree` below. Because the keys come rotated by position and are laid out by us, nothing depends
+on transformers' cache classes, whose names change between versions.
+
+Shapes: T tokens of the row, H query heads, K key/value heads, D head size, R rows of the cache, L cached length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")  # would change the scores in ways not done here
+
+
+def use_layout_attention(model: PreTrainedModel) -> None:
+    """Switch `model` to the attention of this module; from then on it wants `layout=` in every forward."""
+    model.set_attn_implementation("thor")
+
+
+def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, layout=None, **kwargs):
+    """transformers' attention interface: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]."""
+    if layout is None:
+        raise ValueError(f"{type(module).__name__} got no layout: its model does not hand keyword arguments down")
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} uses {name}, which thor.attention does not implement")
+    out = layout.attend(module.layer_idx, query[0], key[0], value[0], scaling)
+    return out.transpose(0, 1).unsqueeze(0), None
+
+
+AttentionInterface.register("thor", _attend)
+
+
+def causal_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Causal attention of the last t of n positions: query [H, t, D], key and value [K, n, D] -> [H, t, D]."""
+    t, n = query.shape[1], key.shape[1]
+    mask = None
+    if 1 < t < n:
+        mask = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t)
+    return F.scaled_dot_product_attention(
+        query[None], key[None], value[None], mask, is_causal=1 < t == n, scale=scaling, enable_gqa=True
+    )[0]
+
+
+@dataclass
+class Segment:
+    """A run of tokens [start, end) of the row that follow the last token of `parent` (None: they open a sequence)."""
+
+    start: int
+    end: int
+    parent: Segment | None
+    depth: int  # position of the first token in its sequence
+
+    def lineage(self) -> list[Segment]:
+        """Root first, self last: what the tokens of this segment may see."""
+        return (self.parent.lineage() if self.parent else []) + [self]
+
+
+class Tree:
+    """B token sequences merged into one row in which every shared prefix stands, and is computed, once.
+
+    What hierarchical RL trains on is such a tree: G trajectories share a prompt, the regenerated suffixes of a failed
+    step share all that came before it. A token attends to its ancestors only and its position is its depth, so hidden
+    states, losses and gradients equal those of the B sequences computed one by one.
+
+    Attributes: token_ids [T], positions [T] (depth of each token), index: B lists, where each sequence's tokens stand.
+    """
+
+    def __init__(self, sequences: list[list[int]]) -> None:
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.segments: list[Segment] = []
+        self.index: list[list[int]] = [[] for _ in sequences]
+        self._sequences = sequences
+        # sorting brings sequences with a common prefix together, so that each branching is a run of neighbours
+        self._branch(sorted(range(len(sequences)), key=sequences.__getitem__), 0, None)
+
+    def _branch(self, members: list[int], depth: int, parent: Segment | None) -> None:
+        """Lay out the part from `depth` on of the sequences `members`, sorted, all equal up to there."""
+        members = [m for m in members if len(self._sequences[m]) > depth]
+        while members:
+            head = self._sequences[members[0]]
+            same = [m for m in members if self._sequences[m][depth] == head[depth]]
+            stop = min(_common_prefix(head, self._sequences[m], depth) for m in (same[-1], same[0]))
+            stop = min(stop, *(len(self._sequences[m]) for m in same))
+            start = len(self.token_ids)
+            segment = Segment(start, start + stop - depth, parent, depth)
+            self.segments.append(segment)
+            self.token_ids += head[depth:stop]
+            self.positions += range(depth, stop)
+            for m in same:
+                self.index[m] += range(segment.start, segment.end)
+            self._branch(same, stop, segment)
+            members = members[len(same) :]
+
+    def attend(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
+        """query [H, T, D], key and value [K, T, D] -> [H, T, D]; see the class for who sees whom."""
+        outputs = []
+        for segment in self.segments:
+            lineage = segment.lineage()
+            keys = torch.cat([key[:, s.start : s.end] for s in lineage], 1)
+            values = torch.cat([value[:, s.start : s.end] for s in lineage], 1)
+            outputs.append(causal_sdpa(query[:, segment.start : segment.end], keys, values, scaling))
+        return torch.cat(outputs, 1)
+
+
+def _common_prefix(a: list[int], b: list[int], start: int) -> int:
+    """First position from `start` on where a and b differ or one of them ends."""
+    stop = min(len(a), len(b))
+    while start < stop and a[start] == b[start]:
+        start += 1
+    return start

@@ -1,0 +1,455 @@
+"""Runs Python snippets that nobody has read, each in a fresh, restricted process, in milliseconds (DESIGN.md 6).
+
+A server of its own (`zygote.py`) has the maths libraries loaded and keeps children forked ahead, waiting for a snippet.
+
+Protects from, as far as `Executor.protection` says so (Linux): reading or changing any file but Python's own, the
+network, signals to and looks into other processes, left-over processes and files, endless time, memory, output, files
+and threads, state that carries over between snippets, and a result that claims success: the status comes from the exit
+status that the kernel reports. What a snippet prints, and the text of its error, are its own words.
+
+Does NOT protect from: bugs of the kernel, side channels (timing, caches, load), the use of the CPU and memory that a
+snippet is given, or anything on a system without the layers (macOS has few of them): a missing one is warned about by
+name, and `require=` refuses to start without. Against a determined attacker, put all of this in a virtual machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from concurrent.futures import Future
+from pathlib import Path
+
+from thor.trajectory import ExecResult
+from thor.zygote import EXIT_BLOCKED, EXIT_ERROR, EXIT_MEMORY, RECORD
+
+OUTPUT_CAP = 2**16  # bytes of stdout kept
+START_LIMIT = 180.0  # seconds for the server to import and warm up
+GRACE = 0.25  # seconds from the kill to the reply, where the end has not been reported yet
+STUCK = 30.0  # seconds without an answer, or without a child for what waits, until the server counts as broken
+RESTARTS = 3  # in a row without any result, before snippets get 'infra'
+GUARANTEES = {  # what users care about, and what its absence means
+    "network": "snippets can use the network",
+    "filesystem": "snippets can read and change files",
+    "processes": "snippets can signal other processes, and leave some behind",
+    "memory": "snippets can use all memory",
+}
+LAYERS = {  # what brings it about, and what its absence leaves to others
+    "net_namespace": "only seccomp, if in force, closes the network",
+    "pid_namespace": "only seccomp, if in force, keeps other processes out of reach",
+    "ipc_namespace": "only seccomp, if in force, closes shared memory",
+    "mount_namespace": "only landlock, if in force, closes files; names are seen; temporary files can fill a disk",
+    "landlock": "only the private root, if in force, closes files",
+    "seccomp": "every system call is open: processes, sockets and kernel interfaces as far as namespaces let them",
+    "rlimits": "memory, CPU, file sizes and threads are not all limited",
+    "unprivileged": "snippets run as root, if without its capabilities",
+    "no_capabilities": "snippets keep the rights of this process",
+    "no_new_privs": "set-uid programs can raise the rights of a snippet",
+}
+SIGNALS = {int(number): number.name for number in signal.Signals}
+_warned: set[str] = set()
+_executors: weakref.WeakSet[Executor] = weakref.WeakSet()
+
+
+class Job:
+    """A snippet and the future that waits for it."""
+
+    def __init__(self, code: str):
+        self.source, self.future, self.tries = code.encode("utf-8", "surrogatepass"), Future(), 0
+
+
+class Child:
+    """One forked child: `channel` takes the code and gives the error line, `out` is its stdout."""
+
+    def __init__(self, pid: int, channel: socket.socket, out: int):
+        self.pid, self.channel, self.out = pid, channel, out
+        channel.setblocking(False)
+        os.set_blocking(out, False)
+        self.job: Job | None = None
+        self.ready = self.killed = self.answered = False
+        self.unsent = memoryview(b"")
+        self.stdout, self.error = bytearray(), bytearray()
+        self.started = self.deadline = 0.0
+
+
+class Executor:
+    """A pool of restricted interpreters; thread-safe. Use it as a context manager, or call `close()`.
+
+    workers: snippets at a time (default: the CPUs this process may use). timeout: seconds, of wall clock and of CPU.
+    memory_mb: MiB of address space for a snippet, beyond the loaded libraries. preload: modules imported beforehand,
+    those that are not installed are skipped. require: names in `protection` without which to refuse to start.
+
+    `protection`: name -> whether it holds here, for the names in `GUARANTEES` and in `LAYERS`.
+
+    Raises ValueError for arguments out of range, RuntimeError where the server cannot start or `require` is not met.
+    """
+
+    _layers = tuple(LAYERS)  # tests and benchmarks try fewer
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        timeout: float = 10.0,
+        memory_mb: int = 512,
+        preload: tuple[str, ...] = ("numpy", "sympy", "mpmath", "scipy.optimize"),
+        require: tuple[str, ...] = (),
+    ):
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.workers, self.timeout, self.memory_mb = cpus if workers is None else workers, timeout, memory_mb
+        if min(self.workers, timeout, memory_mb) <= 0:
+            raise ValueError(f"workers, timeout and memory_mb must be positive: {workers}, {timeout}, {memory_mb}")
+        self._require = (require,) if isinstance(require, str) else tuple(require)
+        self.protection: dict[str, bool] = {}
+        self._config = {
+            "timeout": timeout,
+            "memory_mb": memory_mb,
+            "preload": tuple(preload),
+            "output_cap": OUTPUT_CAP + 1,  # one more, to know that there was more
+            "children": 2 * self.workers + 1,
+            "layers": self._layers,
+            "caller": os.getpid(),  # only for whoever looks at a list of processes
+        }
+        self._queue: deque[Job] = deque()
+        self._children: dict[int, Child] = {}
+        self._idle: deque[Child] = deque()
+        self._running = self._restarts = 0
+        self._closing, self._alive, self._starved = False, True, 0.0  # starved: since when snippets lack a child
+        self._process: subprocess.Popen | None = None
+        self._folder = ""
+        self._lock = threading.Lock()  # guards _queue's tail and _closing; everything else belongs to the loop's thread
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_read, selectors.EVENT_READ, lambda: os.read(self._wake_read, 4096))
+        self._thread = threading.Thread(target=self._loop, name="thor-executor", daemon=True)
+        try:
+            self._start_server()
+        except BaseException:
+            self._shut_down()
+            raise
+        self._thread.start()
+        _executors.add(self)
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def run(self, codes: list[str]) -> list[ExecResult]:
+        """Results in the order of `codes`; the snippets run concurrently."""
+        return [future.result() for future in [self.submit(code) for code in codes]]
+
+    def submit(self, code: str) -> Future[ExecResult]:
+        """Queue one snippet. Its future always gets an ExecResult, never an exception."""
+        job = Job(code)
+        with self._lock:
+            if self._closing:
+                raise RuntimeError("this Executor is closed")
+            self._queue.append(job)
+            self._wake()
+        return job.future
+
+    def close(self) -> None:
+        """Kill what runs, end the server and wait for both; snippets that are not done get 'infra'."""
+        with self._lock:
+            if not self._closing:
+                self._closing = True
+                self._wake()
+        self._thread.join()
+
+    # ------------------------------------------------------------------------------------------ the loop's thread
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: the loop is about to wake anyway
+            os.write(self._wake_write, b"w")
+
+    def _loop(self) -> None:
+        try:
+            while not self._closing:
+                if not self._alive and (self._queue or self._restarts < RESTARTS):
+                    self._revive()
+                self._dispatch()
+                starved = bool(self._queue) and not self._idle and self._running < self.workers
+                self._starved = (self._starved or time.monotonic()) if starved else 0.0
+                for key, _ in self._selector.select(self._patience()):
+                    if self._selector.get_map().get(key.fd) is key:  # an earlier event of this round may have closed it
+                        key.data()
+                self._check_deadlines()
+        finally:  # whatever happens, nobody waits for a future for ever
+            self._shut_down()
+
+    def _patience(self) -> float | None:
+        deadlines = [child.deadline for child in self._children.values() if child.job]
+        deadlines += [self._starved + STUCK] if self._starved else []
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _dispatch(self) -> None:
+        while self._queue and self._idle and self._running < self.workers:
+            job = self._queue.popleft()
+            if job.tries == 0 and not job.future.set_running_or_notify_cancel():
+                continue
+            job.tries += 1
+            child = self._idle.popleft()
+            child.job, child.unsent, child.started = job, memoryview(job.source), time.monotonic()
+            child.deadline = child.started + self.timeout
+            self._running += 1
+            self._send(child)
+
+    def _watch(self, child: Child, events: int) -> None:
+        self._selector.modify(child.channel, events, lambda: self._on_channel(child))
+
+    def _send(self, child: Child) -> None:
+        try:
+            while child.unsent:
+                child.unsent = child.unsent[child.channel.send(child.unsent) :]
+            child.channel.shutdown(socket.SHUT_WR)
+            self._watch(child, selectors.EVENT_READ)
+        except BlockingIOError:
+            self._watch(child, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        except OSError:  # it ended; the server will say how
+            child.unsent = memoryview(b"")
+
+    def _on_channel(self, child: Child) -> None:
+        if child.unsent:
+            self._send(child)
+        data = self._read(child.channel, child.channel.fileno())
+        if data and not child.ready:
+            child.ready, data = True, data[1:]
+            self._idle.append(child)
+        child.error += data[: 2**13 - len(child.error)]
+
+    def _on_out(self, child: Child) -> None:
+        data = self._read(child.out, child.out)
+        child.stdout += data[: OUTPUT_CAP + 1 - len(child.stdout)]
+
+    def _read(self, fileobj: socket.socket | int, fd: int) -> bytes:
+        """What there is to read now; stops watching at the end of the file."""
+        try:
+            data = os.read(fd, 2**16)
+        except BlockingIOError:
+            return b""
+        except OSError:
+            data = b""
+        if not data:
+            self._unwatch(fileobj)
+        return data
+
+    def _unwatch(self, fileobj: socket.socket | int) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(fileobj)
+
+    def _on_control(self) -> None:
+        try:
+            record, fds, _, _ = socket.recv_fds(self._control, RECORD.size, 2, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+        except OSError:
+            record, fds = b"", []
+        if len(record) < RECORD.size:
+            self._server_died()
+            return
+        kind, pid, status, cpu, peak = RECORD.unpack(record)
+        if kind == b"C":
+            child = self._children[pid] = Child(pid, socket.socket(fileno=fds[0]), fds[1])
+            self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._on_channel(child))
+            self._selector.register(child.out, selectors.EVENT_READ, lambda: self._on_out(child))
+        else:
+            self._on_exit(self._children[pid], status, cpu, peak)
+
+    def _on_exit(self, child: Child, status: int, cpu: float, peak: int) -> None:
+        for fileobj, read in ((child.channel, self._on_channel), (child.out, self._on_out)):
+            for _ in range(64):  # what is still in the pipe; not until its end, which a descendant may hold open
+                if fileobj in self._selector.get_map():
+                    read(child)
+        if child.job:
+            self._restarts = 0
+            self._finish(child, self._judge(child, status, cpu, peak))
+        elif child in self._idle:
+            self._idle.remove(child)
+        self._forget(child)
+        if not child.ready:
+            print(f"executor: a child could not be restricted (status {status})", file=sys.stderr)
+            self._server_died()
+
+    def _judge(self, child: Child, status: int, cpu: float, peak: int) -> ExecResult:
+        """The result, told from how the process ended; `stdout` and `error` are only its words."""
+        stdout = child.stdout[:OUTPUT_CAP].decode("utf-8", "replace")
+        if len(child.stdout) > OUTPUT_CAP:
+            stdout += f"\n... (output cut after {OUTPUT_CAP} bytes)\n"
+        text = child.error.decode("utf-8", "replace")
+        code = os.waitstatus_to_exitcode(status)
+        if child.killed or (code == -signal.SIGKILL and cpu > self.timeout - 0.5):
+            kind, text = "timeout", f"TimeoutError: no result within {self.timeout:g} s"
+        elif code == EXIT_MEMORY or (code == -signal.SIGKILL and peak > self.memory_mb * 512):
+            kind, text = "memory", text or "MemoryError"
+        elif code == EXIT_BLOCKED:
+            kind, text = "blocked", text or "PermissionError"
+        elif code < 0:
+            kind, text = "error", f"the interpreter crashed: {SIGNALS.get(-code, -code)}"
+        elif code:
+            kind, text = "error", text if code == EXIT_ERROR and text else f"SystemExit: {code}"
+        elif stdout.strip():
+            kind, text = "ok", ""
+        else:
+            kind, text = "no_output", "no output: use print()"
+        return ExecResult(kind, stdout, text, time.monotonic() - child.started)
+
+    def _finish(self, child: Child, result: ExecResult) -> None:
+        if not child.answered:
+            child.answered = True
+            child.job.future.set_result(result)
+
+    def _forget(self, child: Child) -> None:
+        self._unwatch(child.channel)
+        self._unwatch(child.out)
+        child.channel.close()
+        os.close(child.out)
+        self._running -= child.job is not None
+        del self._children[child.pid]
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        if self._starved and now > self._starved + STUCK:
+            self._server_died()
+        for child in [c for c in self._children.values() if c.job and c.deadline <= now]:
+            if not child.killed:
+                child.killed, child.deadline = True, now + GRACE
+                with contextlib.suppress(OSError):  # a dead server is noticed when reading
+                    self._control.sendall(RECORD.pack(b"K", child.pid, 0, 0.0, 0))
+            elif not child.answered:
+                child.deadline = now + STUCK
+                self._finish(child, self._judge(child, 0, 0.0, 0))
+            else:
+                self._server_died()
+                return
+
+    # ------------------------------------------------------------------------------------------ the server process
+
+    def _start_server(self) -> None:
+        self._control, theirs = socket.socketpair()
+        env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "MALLOC_ARENA_MAX": "1"}
+        env |= {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")}
+        env |= {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")}
+        server = str(Path(__file__).with_name("zygote.py"))
+        self._process = subprocess.Popen(
+            [sys.executable, server, str(theirs.fileno()), json.dumps(self._config)],
+            pass_fds=[theirs.fileno()],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        theirs.close()
+        self._selector.register(self._control, selectors.EVENT_READ, self._on_control)
+        self._control.settimeout(START_LIMIT)
+        hello = b""
+        while not hello.endswith(b"\n"):
+            part = self._control.recv(1)
+            if not part:
+                raise RuntimeError("the executor's server did not start; what it said is on stderr")
+            hello += part
+        self._control.settimeout(None)
+        state = json.loads(hello)
+        self._folder = state["folder"]
+        self._check_protection({name: name in state["layers"] for name in LAYERS})
+
+    def _check_protection(self, layers: dict[str, bool]) -> None:
+        seccomp, root = layers["seccomp"], layers["mount_namespace"]
+        self.protection = {
+            "network": seccomp or (layers["net_namespace"] and root),  # unix sockets are files
+            "filesystem": root or (layers["landlock"] and seccomp),  # landlock knows no chmod
+            "processes": seccomp or layers["pid_namespace"],
+            "memory": layers["rlimits"],
+        } | layers
+        unknown = [name for name in self._require if name not in self.protection]
+        if unknown:
+            raise ValueError(f"require={unknown}: unknown; there are {', '.join(self.protection)}")
+        lacking = [name for name in self._require if not self.protection[name]]
+        if lacking:
+            raise RuntimeError(f"require={lacking}: not available on this system")
+        for name, meaning in (GUARANTEES | LAYERS).items():
+            if not self.protection[name] and name not in _warned:
+                _warned.add(name)
+                warnings.warn(f"executor: this system has no protection '{name}': {meaning}", stacklevel=4)
+
+    def _server_died(self) -> None:
+        """What ran gets one more try, unless the server keeps dying."""
+        self._alive, self._starved = False, 0.0
+        for child in self._children.values():
+            if child.job and not child.answered and child.job.tries < 2:
+                child.answered = True
+                self._queue.appendleft(child.job)
+        self._drop_server("the executor's server died while this ran")
+        if self._restarts >= RESTARTS:
+            self._fail_queue("the executor's server keeps dying")
+
+    def _revive(self) -> None:
+        self._restarts += 1
+        try:
+            self._start_server()
+            self._alive = True
+        except (RuntimeError, OSError) as error:
+            print(f"executor: {error}", file=sys.stderr)
+            self._server_died()
+
+    def _drop_server(self, reason: str) -> None:
+        self._unwatch(self._control)
+        self._control.close()  # the server ends when it sees this
+        self._idle.clear()
+        for child in list(self._children.values()):
+            if child.job:
+                self._finish(child, ExecResult("infra", error=reason))
+            self._forget(child)
+        if self._process:
+            try:
+                self._process.wait(2.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _fail_queue(self, reason: str) -> None:
+        while self._queue:
+            job = self._queue.popleft()
+            if job.tries or job.future.set_running_or_notify_cancel():
+                job.future.set_result(ExecResult("infra", error=reason))
+
+    def _shut_down(self) -> None:
+        self._drop_server("the executor was closed")
+        with self._lock:
+            self._closing = True
+            self._fail_queue("the executor was closed")
+            self._selector.close()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+    def _abandon(self) -> None:
+        """In a fork of the caller: let go of the server, which must see its end when the caller ends."""
+        self._closing, self._lock = True, threading.Lock()
+        self._control.close()
+        self._selector.close()
+        for child in self._children.values():
+            child.channel.close()
+            os.close(child.out)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+
+def _abandon_all() -> None:
+    for executor in list(_executors):
+        if not executor._closing:
+            executor._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)

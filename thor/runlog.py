@@ -1,0 +1,152 @@
+"""What every script does around its algorithm: settings, the run folder, metrics, one-line errors.
+
+A run folder holds config.json, metrics.jsonl, trajectories.jsonl, checkpoints/, final/ and TensorBoard's files.
+Whatever stands there under its final name is whole: files and folders are written beside it and then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import HfArgumentParser
+
+S = TypeVar("S")
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one line."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Around reading input: a fault there ends the program with one line and exit code 2 instead of a traceback."""
+    try:
+        yield
+    except (UserError, ValueError, OSError, RuntimeError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positional: str = "") -> S:
+    """Settings from their dataclass's defaults, then `--config file.yaml`, then flags; exit code 2 on any fault.
+
+    positional: name of the setting that may also stand on the command line without its flag.
+    """
+    import yaml
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    formatter = type("Help", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
+    parser = HfArgumentParser(cls, description=doc, allow_abbrev=False, formatter_class=formatter)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings by name; flags on the command line win")
+    if positional:
+        parser.add_argument("_positional", nargs="?", metavar=positional.upper(), help=f"the same as --{positional}")
+    config = parser.parse_args(argv).config
+    if config:
+        try:
+            values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f"--config {config}: {' '.join(str(error).split())}")
+        if not isinstance(values, dict):
+            parser.error(f"--config {config}: 'name: value' lines are wanted")
+        for name in sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
+            parser.error(f"--config {config}: no setting is called {name!r}")
+        argv = [word for name, value in values.items() for word in (f"--{name}", str(value))] + argv
+    settings, extra = parser.parse_args_into_dataclasses(argv)
+    given = getattr(extra, "_positional", None)
+    return dataclasses.replace(settings, **{positional: given}) if given else settings
+
+
+class Run:
+    """The folder of one run.
+
+    resume=False refuses a folder that holds anything; resume=True takes up what is there (an empty one is fine) and
+    refuses settings other than those of its config.json, except `resume` itself and those named in `free`.
+    """
+
+    def __init__(self, folder: str, settings: Any, resume: bool) -> None:
+        self.folder = Path(folder)
+        config = dataclasses.asdict(settings)
+        config.pop("resume", None)
+        if self.folder.exists() and (not self.folder.is_dir() or (any(self.folder.iterdir()) and not resume)):
+            raise UserError(f"--out {folder}: exists and is not empty; give another folder, or --resume to go on there")
+        old = self.folder / "config.json"
+        if old.exists() and (saved := json.loads(old.read_text())) != config:
+            name = next(k for k in {**saved, **config} if saved.get(k) != config.get(k))
+            raise UserError(f"--resume: {name} was {saved.get(name)!r} in {old}, now {config.get(name)!r}; keep it")
+        self._config = config
+        self._board = None
+
+    def start(self) -> None:
+        """Make the folder, once all input is known to be good: a failed start leaves nothing behind."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write_json("config.json", self._config)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomic(self / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def append(self, name: str, record: dict) -> None:
+        """Add one line to a jsonl file (a line torn by a crash is dropped by `read`)."""
+        with (self / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def read(self, name: str) -> list[dict]:
+        """Whole lines of a jsonl file; what follows the last newline is cut off the file."""
+        path = self / name
+        if not path.exists():
+            return []
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            path.write_bytes(whole)
+        return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+
+    def write_trajectories(self, name: str, trajectories: list, tokenizer, **extra: Any) -> None:
+        """Add trajectories to a jsonl file: the ledger, and its text to read."""
+        for trajectory in trajectories:
+            self.append(name, {**extra, "text": trajectory.text(tokenizer), **trajectory.to_dict()})
+
+    def rewind(self, name: str, keep: Callable[[dict], bool]) -> None:
+        """After a resume: drop the records behind the checkpoint, they will be written again."""
+        records = self.read(name)
+        write_atomic(self / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records if keep(r)))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line in metrics.jsonl, one point a metric in TensorBoard."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
+        self.append("metrics.jsonl", {"step": step, **clean})
+        self._board = self._board or SummaryWriter(str(self / "tensorboard"))
+        for name, value in clean.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    @contextlib.contextmanager
+    def whole_folder(self, name: str) -> Iterator[Path]:
+        """A folder to fill, which gets its name only when the block ends well."""
+        target, temporary = self / name, self / f"{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
