@@ -84,7 +84,7 @@ class Settings:
     max_draws: int = field(
         default=2, metadata={"help": "draws of problems in an iteration, at most (dynamic sampling)"}
     )
-    max_tokens: int = field(default=192, metadata={"help": "longest response in tokens (paper: 3,200)"})
+    max_tokens: int = field(default=160, metadata={"help": "longest response in tokens (paper: 3,200)"})
     max_rounds: int = field(default=2, metadata={"help": "tool calls of a trajectory (paper: 5)"})
     temperature: float = field(default=1.0, metadata={"help": "of sampler and trainer (paper: 1.0)"})
     rows: int = field(default=64, metadata={"help": "requests that decode at once"})
@@ -320,7 +320,9 @@ def sample_trajectories(engine, executor, problems, cursor: int, iteration: int,
 
         def done(i: int, trajectory: Trajectory) -> None:
             trajectory.reward = grade(trajectory, engine.tokenizer)
-            bar.set_postfix_str(f"sampling {i + 1}", refresh=True)
+            counts["sampled"] += 1
+            bar.set_postfix_str(f"sampled {counts['sampled']}", refresh=False)
+            bar.update(0)
 
         batch = [problem for problem in drawn for _ in range(settings.group)]
         sampled = solve(engine, executor, batch, sampling, stop_on_failure=settings.drop_failed_code, done=done)
@@ -377,7 +379,6 @@ def rollout_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
         "code_pass_rate": sum(r.passed for r in results) / len(results) if results else float("nan"),
         "tokens": sum(t.num_sampled for t in scored) / max(1, len(scored)),
         "truncated": sum(t.finish in ("length", "rounds") for t in scored) / max(1, len(scored)),
-        "sampled": len(trajectories),
     }
 
 

@@ -193,7 +193,7 @@ def actor_critic(problem: Problem, name: str, actor, critic, template, settings:
         last = template.is_last(step, said.finish)
         thinking = "<think>" not in draft.text + step or "</think>" not in draft.text  # no code behind </think>
         if last or not thinking or not step.strip():
-            draft.segments.append((step, True))
+            draft.segments.append((step.rstrip() if last else step, True))
             draft.finished = last
             if last or budget <= 0 or not step.strip():
                 return draft
@@ -279,11 +279,11 @@ def keep_well_formed(drafts: list[Draft], shortest: int = 20, longest: int = 60_
 
 def one_script(text: str) -> bool:
     """False when the letters mix a Latin text with more than a few CJK or Cyrillic ones, or the other way round."""
-    letters = [c for c in text if c.isalpha()]
+    letters = [c for c in re.sub(r"\\[A-Za-z]+", "", text) if c.isalpha()]  # LaTeX commands belong to no language
     foreign = sum(
         1 for c in letters if "\u0400" <= c <= "\u04ff" or "\u3040" <= c <= "\u9fff" or "\uac00" <= c <= "\ud7af"
     )
-    return not letters or min(foreign, len(letters) - foreign) <= 0.02 * len(letters)
+    return not letters or min(foreign, len(letters) - foreign) <= 0.05 * len(letters)
 
 
 def keep_unrepetitive(drafts: list[Draft], n: int = 20, most: int = 20) -> list[Draft]:

@@ -282,7 +282,7 @@ def test_without_seccomp_descendants_are_found_and_killed(monkeypatch):
     code = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n"
     with Executor(workers=1, timeout=5, preload=()) as ex:
         assert one(ex, code + "    os._exit(0)\nos.wait()\nprint(1)").stdout == "1\n"
-        assert wait_until(lambda: len(servers(ex)) == 1 + 2 * ex.workers + 1)
+        assert wait_until(lambda: len(ex._idle) == ex._config["children"] and len(servers(ex)) == 4)
     assert wait_until(lambda: not servers(ex))
 
 

@@ -34,6 +34,7 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable
@@ -573,6 +574,11 @@ class Zygote:
     def close(self) -> None:
         for pid in self.children:
             self.kill(pid)
+        with contextlib.suppress(ChildProcessError):  # until there are none
+            for _ in range(100):
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    self.kill_orphans()
+                    time.sleep(0.01)
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -187,12 +187,13 @@ def soak(count: int) -> dict:
 
         def work(thread: int) -> None:
             for i in range(thread, count, 4):
-                code, status, out = hostile[i // 20 % len(hostile)] if i % 20 == thread else usual[i % len(usual)]
+                code, status, out = hostile[i // 80 % len(hostile)] if i // 4 % 20 == 0 else usual[i % len(usual)]
                 result = ex.submit(code).result()
                 with lock:
                     done[0] += 1
                     if (result.status, result.stdout) != (status, out) or result.seconds > 1.5:
                         wrong.append((code, result))
+                        print("unexpected:", repr(code), result, flush=True)
                     if done[0] % (count // 20 or 1) == 0:
                         own = Path("/proc/self/statm").read_text().split()[1]
                         sample = {
@@ -211,8 +212,6 @@ def soak(count: int) -> dict:
         for thread in threads:
             thread.join()
         seconds = time.perf_counter() - start
-    for case in wrong[:10]:
-        print("unexpected:", case)
     return {
         "soak": count,
         "unexpected": len(wrong),

@@ -1,0 +1,128 @@
+"""A tiny random model, a byte-level tokenizer made on the spot, and engines and executors that follow a script."""
+
+from __future__ import annotations
+
+import random
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+
+from thor.engine import Completion, Request
+from thor.executor import Executor
+from thor.fences import TextStream
+from thor.trajectory import ExecResult
+
+CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
+
+
+def byte_tokenizer(words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """One token a byte, one for each of `words`, and two special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(list(words))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.chat_template = CHAT
+    return fast
+
+
+def tiny_llama(tokenizer, seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def executor():
+    with Executor(workers=2, timeout=5) as ex:
+        yield ex
+
+
+class ScriptedEngine:
+    """An engine whose turns are written by `reply(request, turn) -> text`; None in place of EOS ends at 'length'.
+
+    It cuts a turn where the stop rule says so, as a real engine does, and keeps what it reported.
+    """
+
+    def __init__(self, tokenizer, reply) -> None:
+        self.tokenizer, self.reply = tokenizer, reply
+        self.queue: list[Request] = []
+        self.requests: list[Request] = []
+        self.completions: list[Completion] = []
+        self.turns: dict[str, int] = {}
+
+    def add(self, request: Request) -> None:
+        self.queue.append(request)
+        self.requests.append(request)
+
+    def has_work(self) -> bool:
+        return bool(self.queue)
+
+    def update_weights(self, named_parameters) -> None: ...
+
+    def step(self) -> list[Completion]:
+        request = self.queue.pop(0)
+        turn = self.turns.get(request.id, 0)
+        self.turns[request.id] = turn + 1
+        ids = self.tokenizer.encode(self.reply(request, turn), add_special_tokens=False) + [self.tokenizer.eos_token_id]
+        stream, taken, finish = TextStream(self.tokenizer), [], "length"
+        for token in ids[: request.max_tokens]:
+            taken.append(token)
+            if token == self.tokenizer.eos_token_id:
+                finish = "eos"
+            elif request.stop and request.stop.feed(stream.push(token)):
+                finish = "stop"
+            if finish != "length":
+                break
+        rng = random.Random(f"{request.id}{turn}")
+        completion = Completion(request.id, taken, [-rng.random() for _ in taken], finish)
+        self.completions.append(completion)
+        return [completion]
+
+
+class ScriptedExecutor:
+    """Runs nothing: `judge(code) -> ExecResult`."""
+
+    def __init__(self, judge) -> None:
+        self.judge = judge
+        self.codes: list[str] = []
+
+    def submit(self, code: str) -> Future:
+        self.codes.append(code)
+        future: Future = Future()
+        future.set_result(self.judge(code))
+        return future
+
+
+def passes_unless_bad(code: str) -> ExecResult:
+    if "bad" in code:
+        return ExecResult("error", "", "NameError: name 'bad' is not defined (line 1)")
+    return ExecResult("ok", f"ran {len(code)} é\n")

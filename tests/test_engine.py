@@ -1,0 +1,264 @@
+"""HFEngine against transformers' own generate, and its log-probs against the trainer's."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+
+from thor.attention import Tree
+from thor.engine import HFEngine, Request, sample, uniform
+from thor.policy import micro_batches, score_tokens
+from thor.rollout import Sampling, solve
+from thor.trajectory import Problem
+
+# one token holds a whole block, so that a random model writes some: a fence token that carries more text
+WORDS = ("\n```python\nprint(1)\n```\n", "\n```python\nprint(x)\n```", "\\boxed{1}")
+
+
+def complete(engine: HFEngine, requests: list[Request]) -> dict:
+    for request in requests:
+        engine.add(request)
+    completions = {}
+    while engine.has_work():
+        completions.update({c.id: c for c in engine.step()})
+    return completions
+
+
+def random_prompts(count: int, vocabulary: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(vocabulary) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def greedy_reference(model, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+    """Token by token on the whole text, with sdpa: ids, and the top-two gap at each of them."""
+    ids, gaps = list(prompt), []
+    with torch.inference_mode():
+        for _ in range(count):
+            logits = model(torch.tensor([ids])).logits[0, -1]
+            top = logits.topk(2)
+            gaps.append((top.values[0] - top.values[1]).item())
+            ids.append(top.indices[0].item())
+    return ids[len(prompt) :], gaps
+
+
+def assert_same_greedy(ours: list[int], theirs: list[int], gaps: list[float]) -> None:
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a != b:
+            assert gaps[i] < 1e-3, f"parted at token {i} with a top-two gap of {gaps[i]}"
+            return
+
+
+@pytest.mark.parametrize("shared", [0, 7])
+@pytest.mark.parametrize("rows", [3, 64])
+def test_greedy_equals_one_prompt_at_a_time(tokenizer, shared, rows):
+    prompts = random_prompts(32, 200)
+    preamble = random_prompts(1, 200, seed=1)[0][:1] * shared
+    prompts = [preamble + p for p in prompts]
+    reference = tiny_llama(tokenizer)
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, max_rows=rows, prefill_tokens=50)
+    engine.eos = set()
+    requests = [Request(str(i), p, 12, temperature=0, shared=shared) for i, p in enumerate(prompts)]
+    completions = complete(engine, requests)
+    for i, prompt in enumerate(prompts):
+        assert completions[str(i)].finish == "length"
+        assert_same_greedy(completions[str(i)].token_ids, *greedy_reference(reference, prompt, 12))
+
+
+def test_continuing_and_backtracking_reuse_and_stay_exact(tokenizer):
+    reference = tiny_llama(tokenizer)
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, max_rows=2)
+    engine.eos = set()
+    prompt = random_prompts(1, 200, longest=30)[0] * 3
+    ids = prompt
+    for more, cut in (([5, 6, 7], 0), ([], 4), ([9] * 20, 2), ([], len(prompt) // 2)):
+        ids = (ids[: len(ids) - cut]) + more
+        # other requests come and go between the rounds
+        others = [Request(f"o{len(ids)}{i}", p, 3, seed=i) for i, p in enumerate(random_prompts(3, 200, seed=len(ids)))]
+        completions = complete(engine, [Request("a", ids, 6, temperature=0, shared=len(prompt) // 3), *others])
+        assert_same_greedy(completions["a"].token_ids, *greedy_reference(reference, ids, 6))
+        ids = ids + completions["a"].token_ids
+
+
+def test_a_waiting_trajectory_keeps_its_cache(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer)
+    engine.eos = set()
+    prompt = list(range(50))
+    first = complete(engine, [Request("a", prompt, 4, temperature=0)])["a"]
+    computed = []
+    forward = engine._forward
+    engine._forward = lambda rows, tokens, *rest: computed.append(sum(map(len, tokens))) or forward(rows, tokens, *rest)
+    complete(engine, [Request("a", prompt + first.token_ids + [1, 2, 3], 2, temperature=0)])
+    assert computed[0] == 4  # the last sampled token and the three new ones
+
+
+def test_shared_prompt_is_computed_once(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer)
+    engine.eos = set()
+    computed = []
+    forward = engine._forward
+    engine._forward = lambda rows, tokens, *rest: computed.append(sum(map(len, tokens))) or forward(rows, tokens, *rest)
+    complete(engine, [Request(str(i), list(range(80)), 1, shared=79, seed=i) for i in range(8)])
+    assert sum(computed) == 79 + 8
+
+
+def test_samples_do_not_depend_on_batch_mates(tokenizer):
+    prompts = random_prompts(9, 200)
+    requests = [Request(str(i), p, 8, temperature=0.8, top_p=0.9, top_k=20, seed=i) for i, p in enumerate(prompts)]
+    model = tiny_llama(tokenizer)
+    together = complete(HFEngine(model, tokenizer, max_rows=4), requests)
+    alone = {}
+    for request in requests:
+        alone.update(complete(HFEngine(model, tokenizer), [request]))
+    assert {i: c.token_ids for i, c in together.items()} == {i: c.token_ids for i, c in alone.items()}
+
+
+def test_stops_at_eos_and_reports_it(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer)
+    engine.eos = set(range(len(tokenizer)))
+    [completion] = complete(engine, [Request("a", [1, 2], 9)]).values()
+    assert completion.finish == "eos" and len(completion.token_ids) == len(completion.logps) == 1
+
+
+def test_bad_requests_are_refused(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer, max_position_embeddings=16), tokenizer)
+    for ids in ([], list(range(16))):
+        with pytest.raises(ValueError, match="request a has"):
+            engine.add(Request("a", ids, 4))
+    engine.add(Request("b", list(range(14)), 9))  # room for two tokens
+    while engine.has_work():
+        done = engine.step()
+    assert done[0].finish == "length" and len(done[0].token_ids) == 2
+
+
+def test_new_weights_forget_the_cache(tokenizer):
+    model, other = tiny_llama(tokenizer), tiny_llama(tokenizer, seed=1)
+    engine = HFEngine(model, tokenizer)
+    engine.eos = set()
+    request = Request("a", list(range(30)), 5, temperature=0, shared=20)
+    complete(engine, [request])
+    engine.update_weights(other.named_parameters())
+    fresh = complete(engine, [request])["a"].token_ids
+    assert_same_greedy(fresh, *greedy_reference(tiny_llama(tokenizer, seed=1), list(range(30)), 5))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logps_equal_the_trainers_over_whole_trajectories(executor, temperature):
+    tokenizer = byte_tokenizer(WORDS)
+    model = tiny_llama(tokenizer, tie_word_embeddings=True)
+    with torch.no_grad():  # make the words of a block likely, so that there are several rounds
+        ids = [tokenizer.convert_tokens_to_ids(w) for w in WORDS]
+        model.get_input_embeddings().weight[ids] *= 4
+    engine = HFEngine(model, tokenizer, max_rows=5)
+    problems = [Problem(str(i), f"question {i % 3}") for i in range(12)]
+    sampling = Sampling(max_tokens=120, temperature=temperature, max_rounds=4, seed=3)
+    trajectories = solve(engine, executor, problems, sampling)
+    assert sum(len(t.results) for t in trajectories) >= 5 and max(len(t.results) for t in trajectories) >= 2
+    sequences = [t.prompt_ids + t.token_ids for t in trajectories]
+    scored = [[len(t.prompt_ids) + i for i, m in enumerate(t.action_mask) if m] for t in trajectories]
+    ours = [lp for t in trajectories for lp, m in zip(t.logp_sampler, t.action_mask, strict=True) if m]
+    with torch.no_grad():
+        scores = score_tokens(model, sequences, scored, temperature, chunk=37)
+    assert torch.allclose(scores.logp, torch.tensor(ours), atol=1e-4)
+
+
+# ---- the trainer's tree ---------------------------------------------------------------------------------------------
+
+
+def branching_sequences() -> list[list[int]]:
+    root = list(range(20, 40))
+    return [
+        root + [1, 2, 3],
+        root + [1, 2, 4, 5, 6],
+        root[:10] + [7, 8],
+        root + [1, 2, 3],  # twice the same
+        root + [1, 2],  # a prefix of another
+        [50, 51],
+        root[:10] + [7, 9, 9, 9],
+    ]
+
+
+def test_tree_computes_each_distinct_prefix_once():
+    sequences = branching_sequences()
+    tree = Tree(sequences)
+    assert len(tree.token_ids) == len({tuple(s[: i + 1]) for s in sequences for i in range(len(s))})
+    for sequence, index in zip(sequences, tree.index, strict=True):
+        assert [tree.token_ids[i] for i in index] == sequence
+        assert [tree.positions[i] for i in index] == list(range(len(sequence)))
+
+
+def test_tree_logps_and_gradients_equal_row_by_row(tokenizer):
+    sequences = branching_sequences()
+    scored = [list(range(1, len(s), 1 + b % 2)) for b, s in enumerate(sequences)]
+    weights = torch.randn(sum(map(len, scored)), generator=torch.Generator().manual_seed(0))
+    reference, model = tiny_llama(tokenizer), tiny_llama(tokenizer)
+    HFEngine(model, tokenizer)  # switches the attention
+    logps = []
+    for sequence, positions in zip(sequences, scored, strict=True):
+        all_logps = torch.log_softmax(reference(torch.tensor([sequence])).logits[0].float(), -1)
+        logps += [all_logps[p - 1, sequence[p]] for p in positions]
+    plain = torch.stack(logps)
+    scores = score_tokens(model, sequences, scored, 1.0, chunk=5)
+    assert torch.allclose(scores.logp, plain, atol=1e-5)
+    (plain * weights).sum().backward()
+    (scores.logp * weights).sum().backward()
+    for a, b in zip(reference.parameters(), model.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() <= 1e-5 * (1 + a.grad.norm())
+
+
+def test_entropy_by_hand(tokenizer):
+    model = tiny_llama(tokenizer)
+    HFEngine(model, tokenizer)
+    scores = score_tokens(model, [[1, 2, 3]], [[2]], 0.5)
+    logits = tiny_llama(tokenizer)(torch.tensor([[1, 2]])).logits[0, -1] / 0.5
+    p = logits.softmax(-1)
+    assert scores.entropy.item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-4)
+    assert scores.logp.item() == pytest.approx(p[3].log().item(), abs=1e-4)
+
+
+def test_micro_batches_hold_the_budget_and_all_sequences():
+    sequences = random_prompts(40, 3, seed=5)
+    batches = list(micro_batches(sequences, 60))
+    assert sorted(b for batch in batches for b in batch) == list(range(40))
+    for batch in batches:
+        assert len(Tree([sequences[b] for b in batch]).token_ids) <= 60
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+def test_uniform_is_uniform_and_a_function_of_seed_and_count():
+    values = uniform([3] * 4000, list(range(4000)))
+    assert 0 < values.min() and values.max() < 1 and abs(values.mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.05
+    assert uniform([3, 9], [5, 5])[0] == values[5] != uniform([4], [5])[0]
+
+
+def test_sample_follows_the_distribution():
+    logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4])).repeat(20000, 1)
+    u = torch.from_numpy(uniform([1] * 20000, list(range(20000))))
+    ids, logps = sample(logits, [1.0] * 20000, [1.0] * 20000, [0] * 20000, u)
+    assert torch.allclose(ids.bincount() / 20000, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.015)
+    assert torch.allclose(logps.exp(), torch.tensor([0.1, 0.2, 0.3, 0.4])[ids], atol=1e-5)
+
+
+def test_top_p_and_top_k_by_hand():
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
+    for u, k, p, token, probability in (
+        (0.999, 2, 1.0, 3, 4 / 7),  # of {0.3, 0.4}
+        (0.001, 2, 1.0, 2, 3 / 7),
+        (0.001, 0, 0.65, 2, 3 / 7),  # 0.4 alone has less than 0.65
+        (0.001, 0, 0.39, 3, 1.0),  # 0.4 alone has it
+        (0.001, 0, 0.0, 3, 1.0),  # never nothing
+        (0.3, 1, 1.0, 3, 1.0),
+    ):
+        ids, logps = sample(logits, [1.0], [p], [k], torch.tensor([u]))
+        assert ids.item() == token and logps.exp().item() == pytest.approx(probability, abs=1e-5)
+
+
+def test_greedy_rows_beside_sampled_ones():
+    logits = torch.tensor([[0.0, 1.0, 3.0], [9.0, 0.0, 0.0]])
+    ids, logps = sample(logits, [0.0, 1.0], [1.0, 0.5], [0, 0], torch.tensor([0.001, 0.5]))
+    assert ids.tolist() == [2, 0]
+    assert logps[0].item() == pytest.approx(torch.log_softmax(logits[0], -1)[2].item())

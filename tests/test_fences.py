@@ -1,0 +1,97 @@
+"""Where a block opens and closes, and where the answer stands."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thor.fences import FenceParser, TextStream, decode, encode, extract_answer
+
+
+def parse(text: str) -> FenceParser:
+    parser = FenceParser()
+    parser.feed(text)
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("think\n```python\nprint(1)\n```\n", "print(1)\n"),
+        ("```python\nprint(1)\n```", "print(1)\n"),  # at the very start, and nothing behind the closing fence
+        ("I use python\n```\nnot code\n```\n", None),  # prose that ends in the word python, then some other fence
+        ("see ```python here\nprint(1)\n```\n", None),  # the fence does not open its line
+        ("```py\nprint(1)\n```\n", None),
+        ("```python3\nprint(1)\n```\n", None),
+        ("```python\nprint('```')\n```\n", "print('```')\n"),  # backticks inside a line
+        ("```python\ns = '''\n``` x\n'''\n```\n", "s = '''\n``` x\n'''\n"),  # a fence that does not stand alone
+        ("```python\nprint(1)", None),  # unclosed
+        ("```python\nprint(1)\n``", None),
+        ("```python\r\nprint(1)\r\n```\r\n", "print(1)\n"),  # CRLF
+        ("```python \nprint(1)\n```  \n", "print(1)\n"),  # trailing blanks
+        ("```output\n1\n```\n```python\n2\n```", "2\n"),
+        ("```python\n```\n", ""),
+        ("``` python\n1\n```\n", None),
+        ("  ```python\n1\n```\n", None),
+    ],
+)
+def test_blocks(text, code):
+    assert parse(text).code == code
+
+
+def test_offsets_and_text_behind_the_fence():
+    text = "think\n```python\nx\n```\nmore"
+    parser = parse(text)
+    assert text[parser.open_at :].startswith("```python") and text[parser.code_at : parser.code_end] == "x\n"
+    assert text[: parser.close_end].endswith("\n```") and parser.text == text
+
+
+def test_only_the_first_block_counts():
+    parser = parse("```python\n1\n```\n```python\n2\n```\n")
+    assert parser.code == "1\n"
+
+
+@given(st.lists(st.sampled_from(["a", "python", "```", "```python", "\n", " ", "\r\n", "print('```')"]), max_size=12))
+def test_pieces_do_not_matter_where_lines_are_whole(parts):
+    """Fed line by line or at once, the block is the same (within a line, "```" closes as soon as it is there)."""
+    text = "".join(parts)
+    parser = FenceParser()
+    for line in text.splitlines(keepends=True):
+        if parser.feed(line):
+            break
+    assert parser.code == parse(text).code
+
+
+def test_closes_without_waiting_for_the_newline():
+    parser = FenceParser()
+    closed = [parser.feed(char) for char in "```python\n1\n```"]
+    assert closed == [False] * (len(closed) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed{1} no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{5} and \boxed{6", "5"),
+        (r"\boxed 7 .", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{a\}", None),
+        ("no box", None),
+        (r"\boxed{}", ""),
+        (r"\boxed { 3 }", "3"),
+    ],
+)
+def test_boxed(text, answer):
+    assert extract_answer(text) == answer
+
+
+@given(st.text(alphabet=st.characters(blacklist_categories=("Cs",)), max_size=30))
+def test_text_stream_gives_the_decoded_text(tokenizer, text):
+    ids = encode(tokenizer, text)
+    stream = TextStream(tokenizer)
+    assert "".join(stream.push(i) for i in ids) == decode(tokenizer, ids) == text
+
+
+def test_text_that_looks_special_is_encoded_as_text(tokenizer):
+    ids = encode(tokenizer, "<|end|>")
+    assert tokenizer.eos_token_id not in ids and decode(tokenizer, ids) == "<|end|>"

@@ -1,0 +1,120 @@
+"""A tiny random model learns: right answers from the trajectory level, code that runs from the step level.
+
+One token of its vocabulary is a whole block and one a whole answer, so that a few seconds of training are enough.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+
+from run_rl import Settings, train
+from run_sft import sft_loss, to_ledger
+from thor.engine import HFEngine
+from thor.policy import optimizer_step
+from thor.prompts import observation_text
+from thor.runlog import Run
+from thor.trajectory import ExecResult, Problem
+
+GOOD, BAD = "\n```python\nprint(4)\n```\n", "\n```python\nprint(x)\n```\n"
+RIGHT, WRONG = "\\boxed{4}", "\\boxed{5}"
+OUTPUTS = {GOOD: "4", BAD: ExecResult("error", "", "NameError: name 'x' is not defined (line 1)").observation()}
+SETTINGS = Settings(
+    iterations=8, prompts=4, group=8, lr=1.5e-3, min_tokens=2, max_tokens=150, max_rounds=1, micro_tokens=4000, evaluate=False
+)
+
+
+def cold_start(blocks: list[str], answers: list[str]):
+    """A model that writes 'a', one of `blocks` and one of `answers`, each as likely as the others."""
+    tokenizer = byte_tokenizer((GOOD, BAD, RIGHT, WRONG))
+    model = tiny_llama(tokenizer, initializer_range=0.05)
+    engine = HFEngine(model, tokenizer)
+    rows = []
+    for block in blocks:
+        for answer in answers:
+            segments = [("a" + block, True), (observation_text(OUTPUTS[block], block), False), (answer, True)]
+            rows.append(to_ledger(Problem("p", "q"), segments, tokenizer))
+    sequences = [t.prompt_ids + t.token_ids for t in rows]
+    scored = [[len(t.prompt_ids) + i for i, m in enumerate(t.action_mask) if m] for t in rows]
+    tokens = sum(map(len, scored))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer_step(model, optimizer, sequences, scored, lambda members, s: sft_loss(s.logp, tokens), 4000, 1.0)
+    return model, tokenizer, engine
+
+
+def learn(tmp_path, executor, blocks, answers, settings=SETTINGS) -> list[dict]:
+    model, tokenizer, engine = cold_start(blocks, answers)
+    run = Run(str(tmp_path / "rl"), settings, resume=False)
+    run.start()
+    train(model, tokenizer, engine, executor, [Problem(str(i), "q", "4") for i in range(8)], run, settings)
+    return run.read("metrics.jsonl")
+
+
+def rise(metrics: list[dict], name: str) -> float:
+    """Mean of the last three iterations beyond the first, which is sampled before any update."""
+    return sum(m[name] for m in metrics[-3:]) / 3 - metrics[0][name]
+
+
+def test_trajectory_level_raises_the_reward(tmp_path, executor):
+    metrics = learn(tmp_path, executor, [GOOD], [RIGHT, WRONG])
+    assert rise(metrics, "reward") > 0.25
+    assert all(m.get("tokens_step", 0) == 0 for m in metrics)  # no block failed
+    learned = [m for m in metrics if "ratio" in m]
+    # one update per iteration: the first pass is on policy, and sampler and trainer agree
+    assert all(m["ratio"] == pytest.approx(1, abs=1e-4) and m["clip_fraction"] == 0 for m in learned)
+    assert all(abs(m["mismatch_kl"]) < 1e-4 for m in learned)
+
+
+def test_step_level_raises_the_code_pass_rate(tmp_path, executor):
+    metrics = learn(tmp_path, executor, [GOOD, BAD], [RIGHT])
+    assert rise(metrics, "code_pass_rate") > 0.25
+    assert all(m.get("tokens_trajectory", 0) == 0 for m in metrics)  # every answer is right: no signal there
+
+
+def test_without_the_step_level_code_does_not_get_better(tmp_path, executor):
+    metrics = learn(tmp_path, executor, [GOOD, BAD], [RIGHT], replace(SETTINGS, step_coef=0.0))
+    assert rise(metrics, "code_pass_rate") < 0.15
+
+
+def test_no_signal_is_explained_not_a_crash(tmp_path, executor, capsys):
+    settings = replace(SETTINGS, iterations=1, max_draws=3)
+    [metrics] = learn(tmp_path, executor, [GOOD], [RIGHT], settings)
+    assert "no group carries a signal after 3 draws" in capsys.readouterr().out
+    assert metrics["groups_equal"] == 12 and metrics["draws"] == 3 and "loss" not in metrics
+
+
+def test_several_updates_and_a_resumed_run_repeat_the_metrics(tmp_path, executor):
+    settings = replace(SETTINGS, iterations=4, updates=2, lr=1e-3)
+    whole = learn(tmp_path / "whole", executor, [GOOD, BAD], [RIGHT, WRONG], settings)
+
+    class Killed(BaseException):
+        """Not an Exception: like a Ctrl-C, nothing may catch it."""
+
+    model, tokenizer, engine = cold_start([GOOD, BAD], [RIGHT, WRONG])
+    problems = [Problem(str(i), "q", "4") for i in range(8)]
+    run = Run(str(tmp_path / "cut"), settings, resume=False)
+    run.start()
+    append, written = run.append, []
+
+    def append_then_die(name, record):
+        append(name, record)
+        written.append(name)
+        if written.count("metrics.jsonl") == 3:  # the third iteration is logged but not saved
+            raise Killed
+
+    run.append = append_then_die
+    with pytest.raises(Killed):
+        train(model, tokenizer, engine, executor, problems, run, settings)
+    model, tokenizer, engine = cold_start([GOOD, BAD], [RIGHT, WRONG])
+    resumed = Run(str(tmp_path / "cut"), settings, resume=True)
+    resumed.start()
+    train(model, tokenizer, engine, executor, problems, resumed, settings)
+
+    # when a tool answers decides who shares a batch, so floats agree only to rounding; what was sampled is the same
+    for again, once in zip(resumed.read("metrics.jsonl"), whole, strict=True):
+        timeless = [key for key in once if not key.startswith("seconds")]
+        assert {key: again[key] for key in timeless} == pytest.approx({key: once[key] for key in timeless}, abs=1e-3)
+    steps = [record["step"] for record in resumed.read("trajectories.jsonl")]
+    assert steps == sorted(steps) and set(steps) == set(range(4))

@@ -1,0 +1,196 @@
+"""The token ledger over several rounds, self-correction, step regeneration, the event loop."""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import ScriptedEngine, ScriptedExecutor, passes_unless_bad
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thor.fences import decode
+from thor.prompts import observation_text
+from thor.rollout import INFRA_TRIES, Sampling, derive_seed, drive, regenerate_step, solve, split_think
+from thor.trajectory import ExecResult, Problem, Step, Trajectory
+
+PROBLEM = Problem("p", "What?", "4")
+
+
+def turns(*texts):
+    """A reply function that gives the n-th text on the n-th turn (the last one again and again)."""
+    return lambda request, turn: texts[min(turn, len(texts) - 1)]
+
+
+def run(tokenizer, reply, sampling=Sampling(max_tokens=2000), judge=passes_unless_bad, **options):
+    engine, executor = ScriptedEngine(tokenizer, reply), ScriptedExecutor(judge)
+    [trajectory] = solve(engine, executor, [PROBLEM], sampling, **options)
+    return trajectory, engine, executor
+
+
+thought = st.text(alphabet="ab ü\n`", max_size=12)
+code = st.sampled_from(["print(1)", "bad", "x = 1\nprint('```')", "é", ""])
+closing = st.sampled_from(["", "\n", "\n\nmore"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(thought, code, closing), max_size=4), thought)
+def test_ledger_of_several_rounds(tokenizer, blocks, last):
+    texts = [f"{think}\n```python\n{source}\n```{tail}" for think, source, tail in blocks] + [last]
+    trajectory, engine, executor = run(tokenizer, turns(*texts), Sampling(max_tokens=2000, max_rounds=9))
+
+    # the mask marks exactly what the engine reported, in its order and with its log-probs
+    reported = [(token, lp) for c in engine.completions for token, lp in zip(c.token_ids, c.logps, strict=True)]
+    ledger = zip(trajectory.token_ids, trajectory.logp_sampler, trajectory.action_mask, strict=True)
+    assert [(token, lp) for token, lp, sampled in ledger if sampled] == reported
+    # observation spans decode to the observation text
+    for step in trajectory.steps:
+        own = decode(tokenizer, trajectory.token_ids[step.think_start : step.observe_start])
+        seen = decode(tokenizer, trajectory.token_ids[step.observe_start : step.end])
+        assert seen == (observation_text(step.result.observation(), own) if step.result else "")
+        # the act begins with the token in which the fence opens
+        if step.code is not None:
+            act = decode(tokenizer, trajectory.token_ids[step.act_start : step.observe_start])
+            assert act.startswith("```python")
+    assert [s.code for s in trajectory.steps if s.code is not None] == executor.codes
+    # every request extends the one before
+    for before, after in zip(engine.requests, engine.requests[1:], strict=False):
+        assert after.token_ids[: len(before.token_ids)] == before.token_ids
+    # what is read back from json is the same
+    copy = Trajectory.from_dict(json.loads(json.dumps(trajectory.to_dict())))
+    assert copy == trajectory
+
+
+def test_eos_is_appended_only_when_sampled(tokenizer):
+    stopped, _, _ = run(tokenizer, turns("done"))
+    assert stopped.finish == "stop" and stopped.token_ids[-1] == tokenizer.eos_token_id and stopped.action_mask[-1]
+    cut, _, _ = run(tokenizer, turns("too long for this"), Sampling(max_tokens=4))
+    assert cut.finish == "length" and tokenizer.eos_token_id not in cut.token_ids and len(cut) == 4
+
+
+def test_block_that_the_limit_cuts_is_not_run(tokenizer):
+    text = "a\n```python\nprint(1)\n```"
+    whole, _, executor = run(tokenizer, turns(text), Sampling(max_tokens=len(text)))
+    assert executor.codes == ["print(1)\n"] and whole.finish == "length"
+    cut, _, executor = run(tokenizer, turns(text), Sampling(max_tokens=len(text) - 1))
+    assert executor.codes == [] and cut.finish == "length" and cut.steps[-1].code is None
+
+
+def test_tool_budget(tokenizer):
+    trajectory, _, executor = run(tokenizer, turns("```python\nprint(1)\n```"), Sampling(max_tokens=900, max_rounds=2))
+    assert trajectory.finish == "rounds" and len(executor.codes) == 2 and len(trajectory.steps) == 3
+
+
+def test_stop_on_failure(tokenizer):
+    trajectory, _, _ = run(tokenizer, turns("```python\nbad\n```", "x"), stop_on_failure=True)
+    assert trajectory.finish == "failed_code" and len(trajectory.steps) == 1 and trajectory.steps[0].failed
+
+
+def test_observation_is_cut_in_the_middle():
+    assert ExecResult("ok", "a" * 200 + "b" * 200).observation(256) == "a" * 128 + "..." + "b" * 128
+    assert ExecResult("ok", "x" * 256 + "\n").observation(256) == "x" * 256
+    assert ExecResult("no_output", "", "no output: use print()").observation() == "no output: use print()"
+
+
+@pytest.mark.parametrize(("suffix", "kept"), [(4, "abcdef"), (100, ""), (0, "abcdefghij")])
+def test_self_correction_cuts_back_to_r_pre(tokenizer, suffix, kept):
+    good = "klm\n```python\nprint(1)\n```"
+    first = "abcdefghij\n```python\nbad\n```"
+    suffix += bool(suffix)  # the newline before the fence is the thought's last token
+    trajectory, engine, executor = run(tokenizer, turns(first, good, "end"), self_correct=2, suffix_tokens=suffix)
+    assert executor.codes == ["bad\n", "print(1)\n"]
+    kept += "\n" if suffix == 0 else ""
+    assert trajectory.text(tokenizer, policy_only=True).startswith(kept + "klm")
+    assert trajectory.corrections == 1 and trajectory.discarded == len(first) - len(kept)
+    assert len(trajectory.results) == 1 and trajectory.finish == "stop"
+    assert trajectory.steps[0].think_start == 0 and trajectory.steps[0].act_start == len(kept) + len("klm\n")
+
+
+def test_self_correction_gives_up_and_goes_on(tokenizer):
+    trajectory, _, executor = run(tokenizer, lambda r, t: "```python\nbad\n```" if t < 4 else "end", self_correct=3)
+    assert len(executor.codes) == 4 and trajectory.corrections == 3
+    assert [s.failed for s in trajectory.steps] == [True, False] and trajectory.finish == "stop"
+
+
+def test_fence_after_a_cut_in_mid_line_is_no_fence(tokenizer):
+    replies = turns("abc\n```python\nbad\n```", "```python\nprint(1)\n```\nno block", "end")
+    trajectory, _, executor = run(tokenizer, replies, self_correct=1, suffix_tokens=2)
+    assert trajectory.text(tokenizer).startswith("ab```python") and executor.codes == ["bad\n"]
+
+
+def test_infra_is_retried_and_then_said(tokenizer):
+    trajectory, _, executor = run(tokenizer, turns("```python\n1\n```"), judge=lambda code: ExecResult("infra"))
+    assert trajectory.finish == "infra" and len(executor.codes) == INFRA_TRIES
+    results = iter([ExecResult("infra"), ExecResult("ok", "1")])
+    trajectory, _, _ = run(tokenizer, turns("```python\n1\n```", "end"), judge=lambda code: next(results))
+    assert trajectory.finish == "stop" and trajectory.steps[0].result.passed
+
+
+@pytest.mark.parametrize(("suffix", "cut"), [(2, 8), (5, 5), (6, 5), (100, 5)])
+def test_split_think(suffix, cut):
+    assert split_think(Step(think_start=5, act_start=10, observe_start=14, end=20), suffix) == cut
+
+
+def test_split_of_a_block_at_the_very_start():
+    assert split_think(Step(0, 0, 5, 9), 100) == 0
+
+
+def two_failures(tokenizer):
+    replies = turns("one\n```python\nbad1\n```", "second thought\n```python\nbad2\n```", "end")
+    return run(tokenizer, replies)[0]
+
+
+def test_regenerate_each_of_two_failed_steps(tokenizer):
+    trajectory = two_failures(tokenizer)
+    failed = [step for step in trajectory.steps if step.failed]
+    assert len(failed) == 2
+    for step, suffix, r_pre in ((failed[0], 100, ""), (failed[1], 4, "second thou")):
+        engine = ScriptedEngine(tokenizer, turns("X\n```python\nprint(1)\n```"))
+        task = regenerate_step(engine, trajectory, step, "s", Sampling(max_tokens=2000), suffix)
+        [sample] = drive([task], engine, ScriptedExecutor(passes_unless_bad))
+        before = decode(tokenizer, trajectory.token_ids[: step.think_start])
+        prompt = decode(tokenizer, sample.prompt_ids)
+        assert prompt == decode(tokenizer, trajectory.prompt_ids) + before + r_pre
+        assert decode(tokenizer, sample.token_ids) == "X\n```python\nprint(1)\n```" and all(sample.action_mask)
+        assert sample.reward == 1.0 and sample.steps[0].act_start == 2
+
+
+def test_regeneration_without_block_or_with_infra_is_dropped(tokenizer):
+    trajectory = two_failures(tokenizer)
+    step = trajectory.steps[0]
+    engine = ScriptedEngine(tokenizer, turns("no block"))
+    assert drive([regenerate_step(engine, trajectory, step, "s", Sampling(), 9)], engine, ScriptedExecutor(None)) == [None]
+    engine = ScriptedEngine(tokenizer, turns("```python\n1\n```"))
+    infra = ScriptedExecutor(lambda code: ExecResult("infra"))
+    sampling = Sampling(max_tokens=900)
+    assert drive([regenerate_step(engine, trajectory, step, "s", sampling, 9)], engine, infra) == [None]
+
+
+def test_regenerated_failure_has_reward_zero(tokenizer):
+    trajectory = two_failures(tokenizer)
+    engine = ScriptedEngine(tokenizer, turns("```python\nbad\n```"))
+    task = regenerate_step(engine, trajectory, trajectory.steps[0], "s", Sampling(max_tokens=900), 9)
+    [sample] = drive([task], engine, ScriptedExecutor(passes_unless_bad))
+    assert sample.reward == 0.0
+
+
+def test_ledger_refuses_what_does_not_fit():
+    trajectory = Trajectory(PROBLEM, [1])
+    with pytest.raises(AssertionError):
+        trajectory.append_sampled([1, 2], [0.0])
+    trajectory.append_sampled([1, 2], [-1.0, -1.0])
+    trajectory.append_observation([3])
+    trajectory.steps = [Step(0, 1, 3, 3)]  # claims that the observation was sampled
+    with pytest.raises(AssertionError):
+        trajectory.check()
+    trajectory.steps = [dataclasses.replace(trajectory.steps[0], observe_start=2, code="x", result=ExecResult("ok"))]
+    trajectory.check()
+
+
+def test_seeds_differ_and_repeat():
+    assert derive_seed(1, 2, "a") == derive_seed(1, 2, "a")
+    assert len({derive_seed(s, i, n) for s in range(5) for i in range(5) for n in "ab"}) == 50
+
+
+def test_observation_text_opens_on_a_line_of_its_own():
+    assert observation_text("1", "x\n```") == "\n```output\n1\n```\n"
+    assert observation_text("1", "x\n```\n") == "```output\n1\n```\n"

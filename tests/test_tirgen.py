@@ -1,0 +1,193 @@
+"""The actor-critic loop on scripted models, and each stage of the filter."""
+
+import pytest
+from conftest import ScriptedEngine, ScriptedExecutor, passes_unless_bad
+
+from run_sft import to_ledger
+from run_tirgen import (
+    Draft,
+    FewShot,
+    Instruct,
+    Settings,
+    actor_critic,
+    always_plain,
+    filter_drafts,
+    keep_balanced,
+    keep_correct,
+    keep_one_per_problem,
+    keep_substantial_code,
+    keep_unrepetitive,
+    keep_well_formed,
+    says_none,
+    to_row,
+)
+from thor.fences import decode
+from thor.prompts import FEW_SHOT, nearest_examples
+from thor.rollout import drive
+from thor.trajectory import Problem
+
+PROBLEM = Problem("p", "What is 2 + 2?", "4")
+
+
+def test_every_demonstration_prints_what_it_says(executor):
+    for example, result in zip(FEW_SHOT, executor.run([e.code for e in FEW_SHOT]), strict=True):
+        assert result.passed and result.observation() == example.output, example.question
+
+
+def test_nearest_examples_come_last():
+    assert "lcm" in nearest_examples("What is the least common multiple of 6 and 8?")[-1].code
+    assert "primerange" in nearest_examples("Count the primes between 5 and 77.")[-1].code
+
+
+def build(tokenizer, actor_says, critic_says, template=FewShot, **settings):
+    """Run one try; the engine tells actor from critic by the request's name."""
+
+    def reply(request, turn):
+        says = actor_says if request.id.endswith("/actor") else critic_says
+        return says[min(turn, len(says) - 1)]
+
+    engine, executor = ScriptedEngine(tokenizer, reply), ScriptedExecutor(passes_unless_bad)
+    settings = Settings(**{"step_tokens": 400, "code_tokens": 400, "max_tokens": 4000, **settings})
+    prompts = template(tokenizer, tokenizer)
+    [draft] = drive([actor_critic(PROBLEM, "p#0", engine, engine, prompts, settings)], engine, executor)
+    return draft, engine
+
+
+BLOCK = "Add.\n```python\nprint(2 + 2)\n```"
+
+
+def test_code_replaces_the_step_and_the_actor_goes_on_from_there(tokenizer):
+    draft, engine = build(tokenizer, ["We get 5.\n", "The answer is \\boxed{4}.\n"], [BLOCK])
+    assert [own for _, own in draft.segments] == [True, False, True] and draft.finished and not draft.dropped
+    assert draft.segments[0][0] == "Add.\n```python\nprint(2 + 2)\n```\n"
+    assert "We get 5" not in draft.text  # the actor's own result is gone
+    last = engine.requests[-1]
+    assert decode(tokenizer, last.token_ids).endswith(draft.segments[0][0] + draft.segments[1][0])
+    assert keep_correct([draft]) == [draft]
+
+
+def test_a_step_that_code_cannot_do_is_kept(tokenizer):
+    draft, _ = build(tokenizer, ["Think.\n", "So \\boxed{4}.\n"], [" none"])
+    assert draft.text == "Think.\nSo \\boxed{4}." and draft.codes == []
+
+
+def test_failing_code_is_retried_then_the_try_is_dropped(tokenizer):
+    bad = "Add.\n```python\nbad\n```"
+    draft, _ = build(tokenizer, ["x\n", "\\boxed{4}\n"], [bad, BLOCK], code_tries=2)
+    assert draft.codes == ["print(2 + 2)\n"] and not draft.dropped
+    draft, engine = build(tokenizer, ["x\n"], [bad], code_tries=2)
+    assert draft.dropped == "code_failed" and sum(r.id.endswith("critic") for r in engine.requests) == 2
+    draft, _ = build(tokenizer, ["x\n"], ["no block here"], code_tries=2)
+    assert draft.dropped == "no_code"
+
+
+def test_windows_of_a_reasoning_model_end_at_a_newline_and_stay_inside_think(tokenizer):
+    actor = ["<think>\nline one\nline tw", "line two\n</think>\nThe answer is \\boxed{4}"]
+    draft, _ = build(tokenizer, actor, ["none"], template=Instruct, step_tokens=len(actor[0]))
+    assert draft.text.startswith("<think>\nline one\nline two") and "line twline" not in draft.text
+    draft, engine = build(tokenizer, ["<think>\nx\n</think>\n\\boxed{4}"], [BLOCK], template=Instruct)
+    assert not any(r.id.endswith("critic") for r in engine.requests) and draft.finished
+
+
+def test_says_none():
+    assert says_none(" None.") and says_none("none\n") and not says_none("nonesuch") and not says_none("Add none")
+
+
+# ---- filter ---------------------------------------------------------------------------------------------------------
+
+
+def draft(text="The answer is surely \\boxed{4}.", codes=(), problem=PROBLEM, finished=True, **changes) -> Draft:
+    return Draft(problem, [(text, True)], ["ok"] * len(codes), list(codes), finished, **changes)
+
+
+def test_stage_1_correct_and_passed():
+    good, wrong = draft(), draft("\\boxed{5}")
+    failed = draft(codes=["x"])
+    failed.statuses = ["error"]
+    assert keep_correct([good, wrong, failed, draft("no box"), draft(dropped="infra")]) == [good]
+    observed = draft("none of it")
+    observed.segments.append(("\\boxed{4}", False))  # the box stands in tool output
+    assert keep_correct([observed]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("The answer is surely \\boxed{4}.", True),
+        ("The answer is \\boxed{4}, again \\boxed{4}.", False),
+        ("The answer is surely \\boxed{}.", False),
+        ("It costs $x$, so that is \\boxed{4}.", True),
+        ("It costs $x, so that is \\boxed{4}.", False),
+        ("It costs \\$5, so that is \\boxed{4}.", True),
+        ("<think>hm hm hm</think> so \\boxed{4}", True),
+        ("<think>hm hm hm, so \\boxed{4}", False),
+        ("<think>a</think>\n```python\nprint(4)\n```\n\\boxed{4}", False),
+        ("```python\ns = '$'\n```\nso it is \\boxed{4}", True),  # a $ in code is no mathematics
+        ("所以答案是 the final answer \\boxed{4}", False),
+        ("所以答案是四四四四四四四四四四四四四四四四四四四四 \\(x\\) \\boxed{4}", True),
+        ("\\boxed{4}", False),  # too short
+    ],
+)
+def test_stage_2_format(text, kept):
+    assert bool(keep_well_formed([draft(text)])) is kept
+
+
+def test_stage_2_needs_an_end():
+    assert keep_well_formed([draft(finished=False)]) == []
+
+
+def test_stage_3_repetition():
+    twenty = "abcdefghijklmnopqrst"
+    assert keep_unrepetitive([draft(twenty * 20)]) and not keep_unrepetitive([draft(twenty * 21 + "a")])
+
+
+@pytest.mark.parametrize(
+    ("codes", "kept"),
+    [
+        ([], True),
+        (["print(2 + 2)"], False),
+        (["print(pow(2, 3, 5))"], True),
+        (["import math\nprint(2)"], True),
+        (["for i in x:\n    print(i)"], True),
+        (["print(1)", "print(1)", "import a", "import a", "import a"], True),  # 60%
+        (["print(1)", "print(1)", "print(1)", "import a", "import a"], False),
+    ],
+)
+def test_stage_4_code_quality(codes, kept):
+    assert bool(keep_substantial_code([draft(codes=codes)])) is kept
+
+
+def test_stage_5_shortest_per_problem():
+    other = Problem("q", "?", "4")
+    long, short, second = draft("x" * 30), draft("x" * 20), draft(problem=other)
+    assert keep_one_per_problem([long, short, second]) == [short, second]
+
+
+def test_stage_6_balance():
+    problems = [Problem(str(i), "?", "4") for i in range(400)]
+    plain, single = [draft(problem=p) for p in problems], [draft(codes=["x"], problem=p) for p in problems]
+    double = [draft(codes=["x", "y"], problem=p) for p in problems]
+    assert len(keep_balanced(plain + double, set(), 0.5, 0)) == 800
+    assert 160 < len(keep_balanced(single, set(), 0.5, 0)) < 240
+    assert 160 < len(keep_balanced(plain, {p.id for p in problems}, 0.5, 0)) < 240
+    assert keep_balanced(single, set(), 0.5, 0) == keep_balanced(single, set(), 0.5, 0)
+
+
+def test_always_plain_needs_two_right_ones():
+    assert always_plain([draft(), draft()]) == {"p"}
+    assert always_plain([draft()]) == always_plain([draft(), draft("\\boxed{5}")]) == set()
+
+
+def test_funnel_counts_every_stage():
+    drafts = [draft(), draft("\\boxed{5}"), draft(finished=False), draft()]
+    kept, funnel = filter_drafts(drafts, Settings())
+    assert [count for _, count in funnel][:6] == [4, 3, 2, 2, 2, 1] and len(kept) == funnel[-1][1]
+
+
+def test_what_sft_learns_is_what_the_policy_wrote(tokenizer):
+    draft_, _ = build(tokenizer, ["x\n", "The answer is \\boxed{4}.\n"], [BLOCK])
+    row = to_row(draft_)
+    ledger = to_ledger(PROBLEM, [(s["text"], s["sampled"]) for s in row["segments"]], tokenizer)
+    learned = [token for token, m in zip(ledger.token_ids, ledger.action_mask, strict=True) if m]
+    assert decode(tokenizer, learned) == draft_.policy_text and learned[-1] == tokenizer.eos_token_id
+    assert decode(tokenizer, ledger.token_ids) == draft_.text
