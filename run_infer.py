@@ -24,7 +24,7 @@ from thor.executor import Executor
 from thor.fences import FenceParser, extract_answer
 from thor.policy import load_policy
 from thor.rollout import Sampling, solve
-from thor.runlog import Run, UserError, parse_settings, user_errors
+from thor.runlog import Run, UserError, parse_settings, run_main, user_errors
 from thor.trajectory import Problem, Trajectory
 
 
@@ -130,14 +130,13 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("a question and --data: give one of them")
         if settings.self_correct and settings.temperature == 0:
             raise UserError("--temperature 0: greedy sampling repeats its failures; use --self_correct 0 with it")
-        problems = []
+        run = None if settings.question else Run(settings.out, settings, settings.resume)
+    with user_errors("--data"):
+        problems = held_out()
         if settings.data:
             problems = load_problems(
                 settings.data, split=settings.split, limit=settings.limit or None, seed=settings.seed
             )
-        elif not settings.question:
-            problems = held_out()
-        run = Run(settings.out, settings, settings.resume) if problems else None
     with Executor(timeout=settings.timeout) as executor:
         with user_errors():
             model, tokenizer = load_policy(settings.model, settings.device)
@@ -167,4 +166,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

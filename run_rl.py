@@ -6,7 +6,7 @@ r"""Stage 3, hierarchical RL: whole trajectories for the answer, single steps fo
 One iteration, with policy pi_theta (paper, section 3.2):
 
     sample      G trajectories tau_i for each of P problems;  R_i = 1 if the answer is right else 0
-    filter      improper trajectories, thin groups, groups of one reward (then more problems are drawn, to a cap)
+    filter      improper trajectories, thin groups, groups of one reward (more are drawn instead, to a cap)
     A_i         = (R_i - mean(R)) / (std(R) + eps)                     on all action tokens of tau_i
     step set    each failed step: its last L_suffix thought tokens and its block, sampled G times anew;  R' = 1 if it ran
     A'_j        = the same normalisation of R'                         on suffix and block only
@@ -46,7 +46,7 @@ from thor.policy import (
     score_tokens,
 )
 from thor.rollout import Sampling, derive_seed, drive, regenerate_step, solve
-from thor.runlog import Run, UserError, parse_settings, user_errors
+from thor.runlog import Run, UserError, parse_settings, run_main, user_errors
 from thor.trajectory import Problem, Step, Trajectory
 
 
@@ -448,6 +448,7 @@ def main(argv: list[str] | None = None) -> None:
         if settings.group < 2:
             raise UserError(f"--group {settings.group}: at least 2, an advantage is relative to the group")
         run = Run(settings.out, settings, settings.resume)
+    with user_errors("--data"):
         problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
     with Executor(timeout=settings.timeout) as executor:
         with user_errors():
@@ -465,4 +466,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -26,7 +26,7 @@ from thor.fences import encode
 from thor.policy import DEMO_MODEL, load_policy, optimizer_step, restore, save_checkpoint, save_policy
 from thor.prompts import render_prompt
 from thor.rollout import derive_seed
-from thor.runlog import Run, UserError, parse_settings, user_errors
+from thor.runlog import Run, UserError, parse_settings, run_main, user_errors
 from thor.trajectory import Problem, Trajectory
 
 
@@ -66,7 +66,7 @@ def load_trajectories(path: str, tokenizer) -> list[Trajectory]:
             segments = [(segment["text"], segment["sampled"]) for segment in row["segments"]]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"--data {path}, line {number}: {what}; a row of run_tirgen.py is wanted") from error
+            raise UserError(f"--data {path}:{number}: {what}; a row of run_tirgen.py is wanted") from error
         trajectories.append(to_ledger(problem, segments, tokenizer))
     if not trajectories:
         raise UserError(f"--data {path}: empty; run_tirgen.py writes it")
@@ -159,4 +159,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

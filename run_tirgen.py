@@ -35,7 +35,7 @@ from thor.prompts import (
     tir_step,
 )
 from thor.rollout import Ask, derive_seed, drive
-from thor.runlog import Run, UserError, parse_settings, user_errors, write_atomic
+from thor.runlog import Run, UserError, parse_settings, run_main, user_errors, write_atomic
 from thor.trajectory import Problem
 from thor.verify import verify
 
@@ -374,8 +374,9 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         if settings.template not in TEMPLATES:
             raise UserError(f"--template {settings.template}: one of {', '.join(TEMPLATES)}")
-        problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
         run = Run(settings.out, settings, settings.resume)
+    with user_errors("--data"):
+        problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
     with Executor(timeout=settings.timeout) as executor:
         with user_errors():
             actor = critic = HFEngine(*load_policy(settings.actor, settings.device), max_rows=settings.rows)
@@ -437,4 +438,4 @@ TEMPLATES = {"few-shot": FewShot, "instruct": Instruct}
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

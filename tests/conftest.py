@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import random
-import sys
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(1)  # tiny models: threads would only wait for each other
-
 from thor.engine import Completion, Request
 from thor.executor import Executor
 from thor.fences import TextStream
 from thor.trajectory import ExecResult
+
+torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
 

@@ -21,7 +21,15 @@ GOOD, BAD = "\n```python\nprint(4)\n```\n", "\n```python\nprint(x)\n```\n"
 RIGHT, WRONG = "\\boxed{4}", "\\boxed{5}"
 OUTPUTS = {GOOD: "4", BAD: ExecResult("error", "", "NameError: name 'x' is not defined (line 1)").observation()}
 SETTINGS = Settings(
-    iterations=8, prompts=4, group=8, lr=1.5e-3, min_tokens=2, max_tokens=150, max_rounds=1, micro_tokens=4000, evaluate=False
+    iterations=8,
+    prompts=4,
+    group=8,
+    lr=1.5e-3,
+    min_tokens=2,
+    max_tokens=150,
+    max_rounds=1,
+    micro_tokens=4000,
+    evaluate=False,
 )
 
 

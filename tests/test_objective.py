@@ -49,7 +49,14 @@ def test_group_advantages_by_hand():
 
 @pytest.mark.parametrize(
     ("rewards", "group", "reason"),
-    [([1, 0], 4, ""), ([1], 4, "thin"), ([], 4, "thin"), ([1, 1], 4, "equal"), ([0, 0, 0], 5, "equal"), ([1, 0], 5, "thin")],
+    [
+        ([1, 0], 4, ""),
+        ([1], 4, "thin"),
+        ([], 4, "thin"),
+        ([1, 1], 4, "equal"),
+        ([0, 0, 0], 5, "equal"),
+        ([1, 0], 5, "thin"),
+    ],
 )
 def test_signal(rewards, group, reason):
     assert signal(rewards, group) == reason
@@ -88,7 +95,7 @@ def test_problems_are_drawn_without_repetition_in_an_epoch():
 
 RATIOS = [1.0, 1.5, 1.5, 0.5, 0.5, 4.0, 1.1, 0.9]
 ADVANTAGES = [2.0, 2.0, -2.0, 2.0, -2.0, -2.0, 1.0, -1.0]
-#   1.0, A 2: -2          1.5, A 2: clipped at 1.28, -2.56     1.5, A -2: max(3, 2.56) = 3   0.5, A 2: max(-1, -1.6) = -1
+#   1.0, A 2: -2     1.5, A 2: clipped at 1.28, -2.56     1.5, A -2: max(3, 2.56) = 3     0.5, A 2: max(-1, -1.6)
 #   0.5, A -2: max(1, 1.6) = 1.6 (clipped)    4.0, A -2: 8, dual clip 3 * 2 = 6              1.1: -1.1      0.9: 0.9
 LOSSES = [-2.0, -2.56, 3.0, -1.0, 1.6, 6.0, -1.1, 0.9]
 CLIPPED = [False, True, False, False, True, True, False, False]
@@ -112,7 +119,9 @@ def test_both_levels_with_their_own_denominators_and_nll_by_hand():
     is_step = torch.tensor([False, False, False, True, True])
     counts = Counts(trajectory=6, step=4, positive=5)  # more tokens than these: other micro-batches hold the rest
     settings = Settings(step_coef=0.5, nll_coef=0.01)
-    loss, info = hierarchical_loss(logp, torch.zeros(5), logp.clone(), logp.clone(), advantage, is_step, counts, settings)
+    loss, info = hierarchical_loss(
+        logp, torch.zeros(5), logp.clone(), logp.clone(), advantage, is_step, counts, settings
+    )
     # ratio 1: l = -A; trajectory (-1 + 1 + 1) / 6, step (-2 + 2) / 4, nll (1 + 4) / 5
     assert loss.item() == pytest.approx(1 / 6 + 0.5 * 0.0 + 0.01 * 1.0, abs=1e-6)
     assert info["loss_trajectory"] == pytest.approx(1 / 6) and info["nll"] == pytest.approx(1.0)
@@ -201,7 +210,9 @@ def test_observation_and_prompt_tokens_have_no_gradient_of_their_own(tokenizer):
     observation *label* is (the last token, which nothing follows) changes nothing."""
     batch = [Example(ledger("1100"), 1.0, "trajectory")]
     other = [Example(replace(batch[0].trajectory, token_ids=[10, 11, 12, 99]), 1.0, "trajectory")]
-    for a, b in zip(gradients(tokenizer, batch, Settings())[0], gradients(tokenizer, other, Settings())[0], strict=True):
+    for a, b in zip(
+        gradients(tokenizer, batch, Settings())[0], gradients(tokenizer, other, Settings())[0], strict=True
+    ):
         assert torch.equal(a, b)
     assert batch[0].scored == [2, 3]
 

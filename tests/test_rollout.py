@@ -21,7 +21,10 @@ def turns(*texts):
     return lambda request, turn: texts[min(turn, len(texts) - 1)]
 
 
-def run(tokenizer, reply, sampling=Sampling(max_tokens=2000), judge=passes_unless_bad, **options):
+ROOMY = Sampling(max_tokens=2000)
+
+
+def run(tokenizer, reply, sampling=ROOMY, judge=passes_unless_bad, **options):
     engine, executor = ScriptedEngine(tokenizer, reply), ScriptedExecutor(judge)
     [trajectory] = solve(engine, executor, [PROBLEM], sampling, **options)
     return trajectory, engine, executor
@@ -96,7 +99,7 @@ def test_self_correction_cuts_back_to_r_pre(tokenizer, suffix, kept):
     good = "klm\n```python\nprint(1)\n```"
     first = "abcdefghij\n```python\nbad\n```"
     suffix += bool(suffix)  # the newline before the fence is the thought's last token
-    trajectory, engine, executor = run(tokenizer, turns(first, good, "end"), self_correct=2, suffix_tokens=suffix)
+    trajectory, _, executor = run(tokenizer, turns(first, good, "end"), self_correct=2, suffix_tokens=suffix)
     assert executor.codes == ["bad\n", "print(1)\n"]
     kept += "\n" if suffix == 0 else ""
     assert trajectory.text(tokenizer, policy_only=True).startswith(kept + "klm")
@@ -158,7 +161,9 @@ def test_regeneration_without_block_or_with_infra_is_dropped(tokenizer):
     trajectory = two_failures(tokenizer)
     step = trajectory.steps[0]
     engine = ScriptedEngine(tokenizer, turns("no block"))
-    assert drive([regenerate_step(engine, trajectory, step, "s", Sampling(), 9)], engine, ScriptedExecutor(None)) == [None]
+    assert drive([regenerate_step(engine, trajectory, step, "s", Sampling(), 9)], engine, ScriptedExecutor(None)) == [
+        None
+    ]
     engine = ScriptedEngine(tokenizer, turns("```python\n1\n```"))
     infra = ScriptedExecutor(lambda code: ExecResult("infra"))
     sampling = Sampling(max_tokens=900)

@@ -28,13 +28,22 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Around reading input: a fault there ends the program with one line and exit code 2 instead of a traceback."""
+def user_errors(flag: str = "") -> Iterator[None]:
+    """Around reading input (named by `flag`): a fault ends the program with one line and exit code 2, no traceback."""
     try:
         yield
     except (UserError, ValueError, OSError, RuntimeError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {flag and flag + ' '}{error}", file=sys.stderr)
         sys.exit(2)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's main; Ctrl-C ends it with one line that says how to go on."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; the same command with --resume goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positional: str = "") -> S:

@@ -152,8 +152,11 @@ class Trajectory:
 
     @classmethod
     def from_dict(cls, record: dict) -> Trajectory:
+        """Back from `to_dict`; other keys of the record (its text, the iteration) are passed over."""
+        names = {f.name for f in dataclasses.fields(cls)}
         steps = [
             Step(**{**step, "result": ExecResult(**step["result"]) if step["result"] else None})
             for step in record["steps"]
         ]
-        return cls(**{**record, "problem": Problem(**record["problem"]), "steps": steps})
+        own = {name: value for name, value in record.items() if name in names}
+        return cls(**{**own, "problem": Problem(**record["problem"]), "steps": steps})

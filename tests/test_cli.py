@@ -1,0 +1,260 @@
+"""The scripts as a user meets them: settings, run folders, and one line for each kind of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from conftest import byte_tokenizer, tiny_llama
+
+from run_infer import Printer, lineage
+from thor.evaluation import bootstrap_interval, summarize, table
+from thor.runlog import Run, UserError, parse_settings
+from thor.trajectory import ExecResult, Problem, Step, Trajectory
+
+ROOT = Path(__file__).parent.parent
+WORDS = ("\n```python\nprint(4)\n```\n", "\\boxed{4}", "\\boxed{5}")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A saved tiny model with a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = byte_tokenizer(WORDS)
+    tiny_llama(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_script(script: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, ROOT / f"run_{script}.py", *flags],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def write(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + ("\n" if lines else ""), encoding="utf-8")
+    return str(path)
+
+
+GOOD_ROW = json.dumps({"question": "2 + 2 = ? é", "answer": "4"})
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "says"),
+    [
+        ("tirgen", ["--nope", "1"], ["unrecognized arguments: --nope"]),
+        ("rl", ["--lr", "fast"], ["--lr", "fast"]),
+        ("rl", ["--estimator", "ppo3"], ["--estimator ppo3"]),
+        ("rl", ["--group", "1"], ["--group 1"]),
+        ("infer", ["--data", "missing.jsonl"], ["--data", "missing.jsonl"]),
+        ("sft", ["--data", "missing.jsonl"], ["--data missing.jsonl", "run_tirgen.py"]),
+        ("infer", ["--data", "no_answer.jsonl"], ["--data no_answer.jsonl:2", "answer"]),
+        ("infer", ["--data", "empty.jsonl"], ["empty.jsonl"]),
+        ("infer", ["--data", "invalid.jsonl"], ["--data invalid.jsonl:2"]),
+        ("sft", ["--data", "no_answer.jsonl", "--model", "MODEL"], ["--data no_answer.jsonl:1"]),
+        ("sft", ["--data", "empty.jsonl", "--model", "MODEL"], ["empty.jsonl", "empty"]),
+        ("infer", ["--model", "hollow", "--data", "good.jsonl"], ["hollow", "no weights"]),
+        ("infer", ["--model", "./nowhere", "question?"], ["./nowhere", "no such model folder"]),
+        ("infer", ["--model", "nobody/nothing", "question?"], ["nobody/nothing"]),
+        ("infer", ["--data", "good.jsonl", "--out", "full"], ["--out full", "not empty", "--resume"]),
+        ("infer", ["a question", "--temperature", "0"], ["--temperature 0", "--self_correct 0"]),
+        ("tirgen", ["--template", "magic"], ["--template magic"]),
+        ("rl", ["--config", "settings.yaml"], ["settings.yaml", "learning_rate"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, model, script, flags, says):
+    write(tmp_path / "good.jsonl", GOOD_ROW)
+    write(tmp_path / "no_answer.jsonl", GOOD_ROW, '{"question": "why?"}')
+    write(tmp_path / "invalid.jsonl", GOOD_ROW, "{'question': 1}")
+    write(tmp_path / "empty.jsonl")
+    write(tmp_path / "settings.yaml", "learning_rate: 1")
+    (tmp_path / "hollow").mkdir()
+    write(tmp_path / "hollow" / "config.json", (model / "config.json").read_text())
+    (tmp_path / "full").mkdir()
+    write(tmp_path / "full" / "something", "precious")
+    before = sorted(tmp_path.rglob("*"))
+    done = run_script(script, *[str(model) if f == "MODEL" else f for f in flags], cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    message = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(message) == 1 and all(part in message[0] for part in says), done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("script", ["tirgen", "sft", "rl", "infer"])
+def test_help_is_complete(script, tmp_path):
+    done = run_script(script, "--help", cwd=tmp_path)
+    module = __import__(f"run_{script}")
+    assert done.returncode == 0
+    for setting in module.Settings.__dataclass_fields__.values():
+        assert f"--{setting.name}" in done.stdout and setting.metadata["help"]
+
+
+def test_rl_and_infer_run_end_to_end_and_lineage_is_found(tmp_path, model):
+    data = write(tmp_path / "data.jsonl", *[GOOD_ROW] * 3)
+    small = ["--prompts", "2", "--group", "4", "--max_tokens", "24", "--iterations", "2", "--evaluate", "False"]
+    done = run_script("rl", "--data", data, "--model", str(model), "--out", "runs/rl", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "runs/rl/metrics.jsonl").read_text().splitlines()) == 2
+    flags = ["--data", data, "--model", "runs/rl/final", "--out", "runs/x", "--max_tokens", "24"]
+    done = run_script("infer", *flags, cwd=tmp_path)
+    assert done.returncode == 0 and "accuracy %" in done.stdout, done.stderr
+    summary = json.loads((tmp_path / "runs/x/eval.json").read_text())
+    assert summary["problems"] == 3 and 0 <= summary["accuracy"][0] <= 1
+    # going on after the first line of the trajectories gives the same scores
+    path = tmp_path / "runs/x/trajectories.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + '\n{"torn')
+    done = run_script("infer", *flags, "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and len(path.read_text().splitlines()) == 3, done.stderr
+    (tmp_path / "runs/rl/eval.json").write_text((tmp_path / "runs/x/eval.json").read_text())
+    assert [name for name, _ in lineage(str(tmp_path / "runs/rl/final"))] == ["after RL"]
+
+
+def test_ask_is_plain_when_piped(tmp_path, model):
+    done = run_script("infer", "What is 2 + 2?", "--model", str(model), "--max_tokens", "30", cwd=tmp_path)
+    assert done.returncode == 0 and "answer:" in done.stdout and "\033" not in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path, model):
+    data = write(tmp_path / "data.jsonl", *[GOOD_ROW] * 4)
+    flags = ["--data", data, "--model", str(model), "--prompts", "2", "--group", "4", "--max_tokens", "24"]
+    flags += ["--iterations", "400", "--evaluate", "False", "--out", "rl"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, ROOT / "run_rl.py", *flags], cwd=tmp_path, env=env, stderr=subprocess.PIPE
+    ) as p:
+        for _ in range(600):
+            if (tmp_path / "rl/checkpoints/latest").exists():
+                break
+            time.sleep(0.1)
+        p.send_signal(signal.SIGINT)
+        _, stderr = p.communicate(timeout=60)
+        assert p.returncode == 130 and b"--resume" in stderr, stderr[-500:]
+    reached = len((tmp_path / "rl/metrics.jsonl").read_text().splitlines())
+    config = json.loads((tmp_path / "rl/config.json").read_text())
+    config["iterations"] = reached + 1  # as if that many had been asked for
+    (tmp_path / "rl/config.json").write_text(json.dumps(config))
+    flags[flags.index("400")] = str(reached + 1)
+    done = run_script("rl", *flags, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(reached + 1)) and (tmp_path / "rl/final/config.json").exists()
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Settings for a test."""
+
+    lr: float = field(default=0.5, metadata={"help": "rate"})
+    name: str = field(default="x", metadata={"help": "name"})
+    flag: bool = field(default=False, metadata={"help": "flag"})
+
+
+def test_settings_from_defaults_config_and_flags(tmp_path):
+    config = write(tmp_path / "c.yaml", "lr: 0.25", "flag: true")
+    assert parse_settings(Demo, "", []) == Demo()
+    assert parse_settings(Demo, "", ["--config", config]) == Demo(0.25, "x", True)
+    assert parse_settings(Demo, "", ["--config", config, "--lr", "1"]) == Demo(1.0, "x", True)
+    assert parse_settings(Demo, "", ["hello there", "--lr", "1"], positional="name") == Demo(1.0, "hello there")
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(Demo, "", ["--l", "1"])  # no abbreviations
+    assert stop.value.code == 2
+
+
+def test_run_folder(tmp_path):
+    run = Run(str(tmp_path / "r"), Demo(), resume=False)
+    assert not (tmp_path / "r").exists()
+    run.start()
+    run.log(0, {"a": 1.0, "b": float("nan")})
+    assert run.read("metrics.jsonl") == [{"step": 0, "a": 1.0, "b": None}]
+    with pytest.raises(UserError, match="not empty"):
+        Run(str(tmp_path / "r"), Demo(), resume=False)
+    with pytest.raises(UserError, match="lr was 0.5"):
+        Run(str(tmp_path / "r"), Demo(lr=1.0), resume=True)
+    again = Run(str(tmp_path / "r"), Demo(), resume=True)
+    again.rewind("metrics.jsonl", lambda record: record["step"] < 0)
+    assert again.read("metrics.jsonl") == []
+
+
+def test_whole_folder_appears_only_when_it_is_whole(tmp_path):
+    run = Run(str(tmp_path / "r"), Demo(), resume=False)
+    run.start()
+    with pytest.raises(KeyboardInterrupt), run.whole_folder("final") as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert not (run / "final").exists()
+    with run.whole_folder("final") as folder:
+        (folder / "whole").touch()
+    assert [p.name for p in (run / "final").iterdir()] == ["whole"]
+
+
+def trajectory(reward: float, passed: list[bool], sampled: int, discarded: int = 0, finish: str = "stop") -> Trajectory:
+    steps = [Step(i, i, i, i, "x", ExecResult("ok" if p else "error")) for i, p in enumerate(passed)]
+    t = Trajectory(Problem("p", "q"), [1], steps=steps, reward=reward, discarded=discarded, finish=finish)
+    t.append_sampled([1] * sampled, [0.0] * sampled)
+    return t
+
+
+def test_summary_by_hand():
+    ts = [trajectory(1, [True, False], 10, 4), trajectory(0, [], 20), trajectory(0, [], 9, finish="infra")]
+    summary = summarize(ts)
+    assert [summary[k][0] for k in ("accuracy", "code_ratio", "code_pass_rate", "tokens", "discarded")] == [
+        0.5,
+        0.5,
+        0.5,
+        15,
+        2,
+    ]
+    assert summary["problems"] == 2 and summary["infra"] == 1
+    assert summary["accuracy"][1:] == [0.0, 1.0]
+    assert "50.0 [0-100]" in table([("x", summary)])
+    with pytest.raises(ValueError, match="nothing to score"):
+        summarize(ts[2:])
+    assert "-" in table([("no code", summarize(ts[1:2]))])
+
+
+def test_bootstrap_interval_of_a_mean():
+    import numpy as np
+
+    samples = np.array([0.0, 1.0] * 200)
+    low, high = bootstrap_interval(np.mean, samples)
+    assert low == pytest.approx(0.5 - 1.96 * 0.5 / 20, abs=0.01) and high == pytest.approx(
+        0.5 + 1.96 * 0.5 / 20, abs=0.01
+    )
+
+
+def test_printer_tells_kinds_apart():
+    class Terminal:
+        text = ""
+
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self): ...
+
+    terminal = Terminal()
+    printer = Printer(terminal)
+    for kind, text in (("text", "Think.\n```python\n"), ("text", "print(1)\n```"), ("output", "\n```output\n1\n```\n")):
+        printer(kind, text)
+    printer("correction", "\n```output\nNameError: x\n```\n")
+    assert "\033[36mprint(1)" in terminal.text and "\033[32m\n```output" in terminal.text
+    assert "\033[33m\n[failed: NameError: x;" in terminal.text and terminal.text.startswith("Think.")
