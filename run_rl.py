@@ -6,9 +6,9 @@ r"""Stage 3, hierarchical RL: whole trajectories for the answer, single steps fo
 One iteration, with policy pi_theta (paper, section 3.2):
 
     sample      G trajectories tau_i for each of P problems;  R_i = 1 if the answer is right else 0
-    filter      improper trajectories, thin groups, groups of one reward (more are drawn instead, to a cap)
+    filter      improper trajectories, thin groups, groups of one reward (others are drawn for those, capped)
     A_i         = (R_i - mean(R)) / (std(R) + eps)                     on all action tokens of tau_i
-    step set    each failed step: its last L_suffix thought tokens and its block, sampled G times anew;  R' = 1 if it ran
+    step set    each failed step: its last L_suffix thought tokens and its block sampled G times anew;  R' = 1 if it ran
     A'_j        = the same normalisation of R'                         on suffix and block only
     ratio       = exp(logp - logp_old)
     l           = -min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A), for A < 0 at most -c A  (dual clip)
@@ -58,8 +58,8 @@ class Settings:
     split: str = field(default="train", metadata={"help": "split of 'synthetic' or of a hub data set"})
     limit: int = field(default=512, metadata={"help": "number of problems, the first ones of a file"})
     model: str = field(default="runs/sft/final", metadata={"help": "demo name, folder or hub id"})
-    iterations: int = field(default=4, metadata={"help": "iterations of sampling and updating"})
-    prompts: int = field(default=8, metadata={"help": "P, problems of an iteration (paper: 128)"})
+    iterations: int = field(default=3, metadata={"help": "iterations of sampling and updating"})
+    prompts: int = field(default=6, metadata={"help": "P, problems of an iteration (paper: 128)"})
     group: int = field(default=8, metadata={"help": "G, trajectories of a problem, and samples of a step (paper: 16)"})
     estimator: str = field(default="grpo", metadata={"help": "advantage estimator: 'grpo'"})
     updates: int = field(default=1, metadata={"help": "optimizer steps per iteration"})
@@ -77,14 +77,14 @@ class Settings:
     entropy_coef: float = field(default=0.0, metadata={"help": "weight of an entropy bonus on the loss (paper: 0)"})
     is_cap: float = field(default=2.0, metadata={"help": "cap of the weight exp(logp_old - logp_sampler)"})
     suffix_tokens: int = field(default=100, metadata={"help": "L_suffix: thought tokens sampled anew (paper: 100)"})
-    step_prompts: int = field(default=8, metadata={"help": "failed steps worked on in an iteration, at most"})
+    step_prompts: int = field(default=6, metadata={"help": "failed steps worked on in an iteration, at most"})
     drop_failed_code: bool = field(default=True, metadata={"help": "trajectories with failed code end and are dropped"})
     min_tokens: int = field(default=8, metadata={"help": "shorter responses are improper, in tokens"})
     box_window: int = field(default=100, metadata={"help": "the last \\boxed must open in so many last characters"})
     max_draws: int = field(
         default=2, metadata={"help": "draws of problems in an iteration, at most (dynamic sampling)"}
     )
-    max_tokens: int = field(default=160, metadata={"help": "longest response in tokens (paper: 3,200)"})
+    max_tokens: int = field(default=144, metadata={"help": "longest response in tokens (paper: 3,200)"})
     max_rounds: int = field(default=2, metadata={"help": "tool calls of a trajectory (paper: 5)"})
     temperature: float = field(default=1.0, metadata={"help": "of sampler and trainer (paper: 1.0)"})
     rows: int = field(default=64, metadata={"help": "requests that decode at once"})

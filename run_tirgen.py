@@ -48,7 +48,7 @@ class Settings:
         default="synthetic", metadata={"help": "problems: 'synthetic', a json/jsonl/parquet file, or a hub data set"}
     )
     split: str = field(default="train", metadata={"help": "split of 'synthetic' or of a hub data set"})
-    limit: int = field(default=256, metadata={"help": "number of problems, the first ones of a file"})
+    limit: int = field(default=160, metadata={"help": "number of problems, the first ones of a file"})
     actor: str = field(
         default=DEMO_MODEL, metadata={"help": "model that reasons: demo name, folder or hub id (paper: Qwen3-8B)"}
     )
@@ -73,7 +73,7 @@ class Settings:
     keep_one_call: float = field(
         default=1.0, metadata={"help": "share kept of the trajectories with one code call (official run: 0.5)"}
     )
-    rows: int = field(default=96, metadata={"help": "requests that decode at once"})
+    rows: int = field(default=128, metadata={"help": "rows of the cache; half as many tries are under way at once"})
     timeout: float = field(default=5.0, metadata={"help": "seconds a snippet may run"})
     device: str = field(default="auto", metadata={"help": "'cpu', 'cuda', or 'auto'"})
     seed: int = field(default=0, metadata={"help": "of problems, sampling and thinning"})
@@ -404,7 +404,8 @@ def main(argv: list[str] | None = None) -> None:
 
         with bar:
             tasks = [actor_critic(names[name], name, actor, critic, template, settings) for name in todo]
-            drive(tasks, actor, executor, done)
+            # half of the rows: an actor's cache stays where it is while the critic works
+            drive(tasks, actor, executor, done, in_flight=max(1, settings.rows // 2))
     ordered = [drafts[f"{p.id}#{k}"] for p in problems for k in range(settings.tries)]
     kept, funnel = filter_drafts(ordered, settings)
     report = {

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from concurrent.futures import Future
 
 import pytest
 from conftest import ScriptedEngine, ScriptedExecutor, passes_unless_bad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thor.engine import Request
 from thor.fences import decode
 from thor.prompts import observation_text
 from thor.rollout import INFRA_TRIES, Sampling, derive_seed, drive, regenerate_step, solve, split_think
@@ -199,3 +201,39 @@ def test_seeds_differ_and_repeat():
 def test_observation_text_opens_on_a_line_of_its_own():
     assert observation_text("1", "x\n```") == "\n```output\n1\n```\n"
     assert observation_text("1", "x\n```\n") == "```output\n1\n```\n"
+
+
+def test_decoding_never_waits_for_a_tool(tokenizer):
+    """The first snippet answers only when all other trajectories are done; a loop that waited would hang here."""
+    hanging: list = []
+    finished: list[int] = []
+
+    class SlowFirst(ScriptedExecutor):
+        def submit(self, code):
+            if hanging:
+                return super().submit(code)
+            hanging.append(Future())
+            return hanging[0]
+
+    def done(i, trajectory):
+        finished.append(i)
+        if len(finished) == 5:
+            hanging[0].set_result(ExecResult("ok", "late"))
+
+    engine = ScriptedEngine(tokenizer, turns("```python\nprint(1)\n```", "end"))
+    solve(engine, SlowFirst(passes_unless_bad), [PROBLEM] * 6, Sampling(max_tokens=2000), done=done)
+    assert sorted(finished[:5]) == [1, 2, 3, 4, 5] and finished[5] == 0
+
+
+def test_tasks_in_flight_are_bounded_and_all_run(tokenizer):
+    engine = ScriptedEngine(tokenizer, turns("x"))
+    most = 0
+
+    def task(i):
+        nonlocal most
+        yield Request(str(i), [1], 5)
+        most = max(most, len(engine.queue) + 1)
+        return i
+
+    assert drive([task(i) for i in range(9)], engine, ScriptedExecutor(None), in_flight=3) == list(range(9))
+    assert most <= 3

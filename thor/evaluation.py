@@ -102,7 +102,7 @@ def held_out() -> list[Problem]:
     return load_problems("synthetic", split="test", limit=HELD_OUT)
 
 
-HELD_OUT_SAMPLING = Sampling(max_tokens=160, temperature=0.4, max_rounds=2)
+HELD_OUT_SAMPLING = Sampling(max_tokens=144, temperature=0.4, max_rounds=2)
 
 
 def table(rows: list[tuple[str, dict]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -50,13 +51,23 @@ class Ask:
 # ---- the event loop -------------------------------------------------------------------------------------------------
 
 
-def drive(tasks: Iterable[Task], engine: Engine, executor: Executor, done: Callable[[int, Any], None] | None = None):
-    """Run all tasks to their end; returns their return values in order. `done(index, value)` is called as each ends."""
+def drive(
+    tasks: Iterable[Task],
+    engine: Engine,
+    executor: Executor,
+    done: Callable[[int, Any], None] | None = None,
+    in_flight: int | None = None,
+) -> list[Any]:
+    """Run all tasks to their end; returns their return values in order. `done(index, value)` is called as each ends.
+
+    in_flight: tasks under way at once (default: all); with fewer, an engine keeps what each has computed so far.
+    """
     tasks = list(tasks)
     values: list[Any] = [None] * len(tasks)
     waiting: dict[tuple[int, str], int] = {}  # (engine, request id) -> task
     running: dict[Future, tuple[int, str, int]] = {}  # future -> (task, code, tries)
     engines: dict[int, Engine] = {}
+    fresh = deque(range(len(tasks)))
 
     def resume(i: int, message: Completion | ExecResult | None) -> None:
         try:
@@ -77,9 +88,9 @@ def drive(tasks: Iterable[Task], engine: Engine, executor: Executor, done: Calla
         ask.engine.add(ask.request)
 
     try:
-        for i in range(len(tasks)):
-            resume(i, None)
-        while waiting or running:
+        while fresh or waiting or running:
+            while fresh and (in_flight is None or len(waiting) + len(running) < in_flight):
+                resume(fresh.popleft(), None)
             busy = [e for e in engines.values() if e.has_work()]
             for e in busy:
                 for completion in e.step():

@@ -1,0 +1,93 @@
+"""The real demo model: greedy decoding and log-probs, over prompts of different length and several tool rounds.
+
+Needs SmolLM2-135M-Instruct (fetched on first use, 93 MB); skipped where it cannot be had.
+"""
+
+import pytest
+import torch
+from test_engine import assert_same_greedy, complete
+from transformers import AutoModelForCausalLM
+
+import thor.rollout
+from thor.data import load_problems
+from thor.demo_model import ModelError, demo_model
+from thor.engine import HFEngine, Request
+from thor.fences import encode
+from thor.policy import load_policy, score_tokens
+from thor.prompts import few_shot_actor, render_prompt
+from thor.rollout import Sampling, solve
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder():
+    try:
+        return demo_model()
+    except ModelError as error:
+        pytest.skip(f"the demo model is not to be had here: {error}")
+
+
+def generate_one(model, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """transformers' own greedy generate on one prompt, and the top-two logit gap at each token."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=COUNT,
+        min_new_tokens=COUNT,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    top = torch.stack(out.logits).squeeze(1).topk(2).values
+    return out.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
+
+
+def test_batched_greedy_equals_generate_one_prompt_at_a_time(folder):
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model, tokenizer = load_policy(str(folder), "cpu")
+    problems = load_problems("synthetic", limit=32)
+    prompts = []
+    for i, problem in enumerate(problems):  # lengths from a few tokens to several hundred, some with a shared preamble
+        shared = encode(tokenizer, few_shot_actor(problem.question)) if i % 4 == 0 else []
+        prompts.append((shared + render_prompt(tokenizer, problem.question)[i % 4 * 5 :], len(shared)))
+    engine = HFEngine(model, tokenizer, max_rows=12)
+    eos, engine.eos = engine.eos, set()  # as in the reference, EOS may not come before COUNT tokens: see below
+    done = complete(engine, [Request(str(i), p, COUNT, temperature=0, shared=s) for i, (p, s) in enumerate(prompts)])
+    assert len({len(p) for p, _ in prompts}) > 16
+    compared = 0
+    for i, (prompt, _) in enumerate(prompts):
+        ours, (theirs, gaps) = done[str(i)].token_ids, generate_one(reference, prompt)
+        end = next((k for k, token in enumerate(ours) if token in eos), COUNT)  # generate is kept from EOS, we are not
+        assert_same_greedy(ours[:end], theirs[:end], gaps)
+        compared += end
+    assert compared > 32 * COUNT // 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_and_trainer_agree_over_multi_round_trajectories(folder, executor, monkeypatch, temperature):
+    model, tokenizer = load_policy(str(folder), "cpu")
+
+    def few_shot_prompt(tokenizer, question: str) -> list[int]:
+        """Under this prompt the untrained model, too, writes blocks, one after another."""
+        return encode(tokenizer, few_shot_actor(question) + f"Question: {question}\n")
+
+    monkeypatch.setattr(thor.rollout, "render_prompt", few_shot_prompt)
+    problems = load_problems("synthetic", limit=8)
+    sampling = Sampling(max_tokens=160, temperature=temperature, max_rounds=3, seed=1)
+    trajectories = solve(HFEngine(model, tokenizer), executor, problems, sampling)
+    assert max(len(t.results) for t in trajectories) >= 2
+    scored = [[len(t.prompt_ids) + i for i, m in enumerate(t.action_mask) if m] for t in trajectories]
+    ours = [lp for t in trajectories for lp, m in zip(t.logp_sampler, t.action_mask, strict=True) if m]
+    with torch.no_grad():
+        scores = score_tokens(model, [t.prompt_ids + t.token_ids for t in trajectories], scored, temperature)
+    assert (scores.logp - torch.tensor(ours)).abs().max() < 1e-4
