@@ -24,7 +24,7 @@ from thor.executor import Executor
 from thor.fences import FenceParser, extract_answer
 from thor.policy import load_policy
 from thor.rollout import Sampling, solve
-from thor.runlog import Run, UserError, parse_settings, run_main, user_errors
+from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors
 from thor.trajectory import Problem, Trajectory
 
 
@@ -106,8 +106,9 @@ def answer_question(engine, executor, sampling: Sampling, settings: Settings) ->
 def lineage(model: str) -> list[tuple[str, dict]]:
     """Scores of the stages that led to <run>/final, first to last, found through the config.json of each run."""
     rows: list[tuple[str, dict]] = []
-    folder = Path(model).parent
-    while (folder / "eval.json").is_file() and (folder / "config.json").is_file():
+    folder, seen = Path(model).parent, set()
+    while folder not in seen and (folder / "eval.json").is_file() and (folder / "config.json").is_file():
+        seen.add(folder)
         rows.insert(0, (f"after {folder.name.upper()}", json.loads((folder / "eval.json").read_text())))
         if (folder / "eval_base.json").is_file():
             rows.insert(0, ("base", json.loads((folder / "eval_base.json").read_text())))
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         observation_limit=settings.observation_limit,
     )
     with user_errors():
+        at_least(settings, max_tokens=1, rows=1, self_correct=0, suffix_tokens=0)
         if settings.question and settings.data:
             raise UserError("a question and --data: give one of them")
         if settings.self_correct and settings.temperature == 0:
@@ -139,14 +141,15 @@ def main(argv: list[str] | None = None) -> None:
             )
     with Executor(timeout=settings.timeout) as executor:
         with user_errors():
-            model, tokenizer = load_policy(settings.model, settings.device)
+            model, tokenizer = load_policy(settings.model, settings.device, "auto")
             if run:
                 run.start()
-        engine = HFEngine(model, tokenizer, max_rows=settings.rows)
+        engine = HFEngine(model, tokenizer, max_rows=settings.rows if run else 1)
         if not run:
             answer_question(engine, executor, sampling, settings)
             return
-        finished = [Trajectory.from_dict(r) for r in run.read("trajectories.jsonl")]
+        run.rewind("trajectories.jsonl", lambda record: record["finish"] != "infra")  # those are tried again
+        finished = [Trajectory.from_dict(record) for record in run.read("trajectories.jsonl")]
         known = {t.problem.id for t in finished}
         name = Path(settings.model).parent.name.upper() or settings.model
         name += " + self-correction" if settings.self_correct else ""

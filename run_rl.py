@@ -22,6 +22,7 @@ Shapes: P problems, G group size, N action tokens of a micro-batch.
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections import Counter
@@ -46,7 +47,7 @@ from thor.policy import (
     score_tokens,
 )
 from thor.rollout import Sampling, derive_seed, drive, regenerate_step, solve
-from thor.runlog import Run, UserError, parse_settings, run_main, user_errors
+from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors
 from thor.trajectory import Problem, Step, Trajectory
 
 
@@ -71,13 +72,11 @@ class Settings:
     dual_clip: float = field(default=3.0, metadata={"help": "c: for A < 0 the loss is at most -c A"})
     step_coef: float = field(default=1.0, metadata={"help": "weight of the step level; 0 switches it off"})
     nll_coef: float = field(default=0.01, metadata={"help": "weight of the NLL of tokens with A > 0 (paper: 0.01)"})
-    kl_coef: float = field(
-        default=0.0, metadata={"help": "weight of the KL to logp_old's policy, k3 estimate (paper: 0)"}
-    )
+    kl_coef: float = field(default=0.0, metadata={"help": "weight of the KL to the model at the start, k3 (paper: 0)"})
     entropy_coef: float = field(default=0.0, metadata={"help": "weight of an entropy bonus on the loss (paper: 0)"})
     is_cap: float = field(default=2.0, metadata={"help": "cap of the weight exp(logp_old - logp_sampler)"})
     suffix_tokens: int = field(default=100, metadata={"help": "L_suffix: thought tokens sampled anew (paper: 100)"})
-    step_prompts: int = field(default=6, metadata={"help": "failed steps worked on in an iteration, at most"})
+    step_prompts: int = field(default=0, metadata={"help": "failed steps of an iteration, at most; 0: as --prompts"})
     drop_failed_code: bool = field(default=True, metadata={"help": "trajectories with failed code end and are dropped"})
     min_tokens: int = field(default=8, metadata={"help": "shorter responses are improper, in tokens"})
     box_window: int = field(default=100, metadata={"help": "the last \\boxed must open in so many last characters"})
@@ -137,13 +136,15 @@ def failed_steps(trajectories: list[Trajectory]) -> list[tuple[Trajectory, Step]
 class Example:
     """One sequence of an optimizer batch. Only tokens with action_mask 1 are ever scored.
 
-    level: 'trajectory' | 'step'. advantage: the same for all its action tokens. logp_old: filled before an update.
+    level: 'trajectory' | 'step'. advantage: the same for all its action tokens.
+    logp_old, logp_ref: [N] under the policy before the update and the one at the start, where they are needed.
     """
 
     trajectory: Trajectory
     advantage: float
     level: str
     logp_old: torch.Tensor | None = None
+    logp_ref: torch.Tensor | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -199,8 +200,10 @@ class Counts:
         )
 
 
-def hierarchical_loss(logp, entropy, logp_old, logp_sampler, advantage, is_step, counts: Counts, settings: Settings):
-    """What N tokens add to L; all arguments up to `is_step` are [N]. Returns (loss, info of sums over the N tokens).
+def hierarchical_loss(
+    logp, entropy, logp_old, logp_sampler, advantage, is_step, counts: Counts, settings: Settings, logp_ref=None
+):
+    """What N tokens add to L; logp ... is_step and logp_ref are [N]. Returns (loss, info of sums over the N tokens).
 
     logp_sampler may hold NaN where the engine gave none: such a token has importance weight 1 and is counted.
     """
@@ -209,8 +212,8 @@ def hierarchical_loss(logp, entropy, logp_old, logp_sampler, advantage, is_step,
     unknown = gap.isnan()
     weight = torch.exp(gap.masked_fill(unknown, 0.0)).clamp(max=settings.is_cap)
     token_loss = token_loss * weight
-    if settings.kl_coef:
-        token_loss = token_loss + settings.kl_coef * (torch.exp(logp_old - logp) - 1 - (logp_old - logp))
+    if logp_ref is not None:
+        token_loss = token_loss + settings.kl_coef * (torch.exp(logp_ref - logp) - 1 - (logp_ref - logp))
     if settings.entropy_coef:
         token_loss = token_loss - settings.entropy_coef * entropy
     trajectory = token_loss[~is_step].sum() / max(1, counts.trajectory)
@@ -257,6 +260,7 @@ def update(model, optimizer, examples: list[Example], settings: Settings) -> dic
             spread([e.level == "step" for e in chosen], torch.bool),
             counts,
             settings,
+            torch.cat([e.logp_ref for e in chosen]) if settings.kl_coef else None,
         )
         sums.update(info)
         return loss
@@ -276,13 +280,13 @@ def update(model, optimizer, examples: list[Example], settings: Settings) -> dic
 
 
 @torch.no_grad()
-def fill_logp_old(model, examples: list[Example], settings: Settings) -> None:
-    """log-probs of all action tokens before the first update."""
+def fill_logps(model, examples: list[Example], name: str, settings: Settings) -> None:
+    """Log-probs of all action tokens under `model`, into the field `name` of each example."""
     for members in micro_batches([e.token_ids for e in examples], settings.micro_tokens):
         chosen = [examples[b] for b in members]
         scores = score_tokens(model, [e.token_ids for e in chosen], [e.scored for e in chosen], settings.temperature)
         for example, logp in zip(chosen, scores.logp.split([len(e.scored) for e in chosen]), strict=True):
-            example.logp_old = logp
+            setattr(example, name, logp)
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -319,7 +323,7 @@ def sample_trajectories(engine, executor, problems, cursor: int, iteration: int,
         )
 
         def done(i: int, trajectory: Trajectory) -> None:
-            trajectory.reward = grade(trajectory, engine.tokenizer)
+            trajectory.reward = None if trajectory.finish == "infra" else grade(trajectory, engine.tokenizer)
             counts["sampled"] += 1
             bar.set_postfix_str(f"sampled {counts['sampled']}", refresh=False)
             bar.update(0)
@@ -347,7 +351,7 @@ def sample_steps(engine, executor, trajectories: list[Trajectory], iteration: in
     """Step level of one iteration: G new suffixes and blocks for each failed step; returns (examples, counts)."""
     failed = failed_steps(trajectories)
     random.Random(derive_seed(settings.seed, iteration, "steps")).shuffle(failed)
-    failed = failed[: settings.step_prompts]
+    failed = failed[: settings.step_prompts or settings.prompts]
     sampling = Sampling(settings.max_tokens, settings.temperature, seed=derive_seed(settings.seed, iteration, "step"))
     tasks = [
         regenerate_step(engine, trajectory, step, f"step {s}#{g}", sampling, settings.suffix_tokens)
@@ -390,6 +394,7 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay
     )
+    reference = copy.deepcopy(model) if settings.kl_coef else None  # before a checkpoint is loaded
     progress = restore(run, model, optimizer) or {"iteration": 0, "cursor": 0}
     start, cursor = progress["iteration"], progress["cursor"]
     for name in ("metrics.jsonl", "trajectories.jsonl"):
@@ -411,7 +416,9 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
         if examples:
             random.Random(derive_seed(settings.seed, iteration, "batches")).shuffle(examples)
             if settings.updates > 1:
-                fill_logp_old(model, examples, settings)
+                fill_logps(model, examples, "logp_old", settings)
+            if settings.kl_coef:
+                fill_logps(reference, examples, "logp_ref", settings)
             size = -(-len(examples) // settings.updates)
             for u in range(0, len(examples), size):
                 metrics = update(model, optimizer, examples[u : u + size], settings)
@@ -445,8 +452,11 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         if settings.estimator != "grpo":
             raise UserError(f"--estimator {settings.estimator}: only 'grpo' is there")
-        if settings.group < 2:
-            raise UserError(f"--group {settings.group}: at least 2, an advantage is relative to the group")
+        at_least(
+            settings, iterations=1, prompts=1, group=2, updates=1, max_draws=1, rows=1, micro_tokens=1, save_every=1
+        )
+        if settings.temperature <= 0:
+            raise UserError(f"--temperature {settings.temperature}: above 0 is wanted, RL needs samples")
         run = Run(settings.out, settings, settings.resume)
     with user_errors("--data"):
         problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
@@ -456,13 +466,13 @@ def main(argv: list[str] | None = None) -> None:
             run.start()
         engine = HFEngine(model, tokenizer, max_rows=settings.rows)
         train(model, tokenizer, engine, executor, problems, run, settings)
+        with run.whole_folder("final") as folder:
+            save_policy(model, tokenizer, folder)
+        print(f"model in {run / 'final'}")
         if settings.evaluate:
             summary, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after RL")
             run.write_json("eval.json", summary)
             print(table([("after RL", summary)]))
-    with run.whole_folder("final") as folder:
-        save_policy(model, tokenizer, folder)
-    print(f"model in {run / 'final'}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from thor.fences import encode
 from thor.policy import DEMO_MODEL, load_policy, optimizer_step, restore, save_checkpoint, save_policy
 from thor.prompts import render_prompt
 from thor.rollout import derive_seed
-from thor.runlog import Run, UserError, parse_settings, run_main, user_errors
+from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors
 from thor.trajectory import Problem, Trajectory
 
 
@@ -48,7 +48,7 @@ class Settings:
     )
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
     micro_tokens: int = field(default=1024, metadata={"help": "distinct tokens in one forward and backward pass"})
-    save_every: int = field(default=50, metadata={"help": "optimizer steps between checkpoints"})
+    save_every: int = field(default=10, metadata={"help": "optimizer steps between checkpoints"})
     evaluate: bool = field(default=True, metadata={"help": "score held-out problems before and after"})
     device: str = field(default="auto", metadata={"help": "'cpu', 'cuda', or 'auto'"})
     seed: int = field(default=0, metadata={"help": "of the order of the data"})
@@ -59,7 +59,9 @@ class Settings:
 def load_trajectories(path: str, tokenizer) -> list[Trajectory]:
     """tir.jsonl as token ledgers; what the policy wrote has mask 1 and ends with EOS, tool output has mask 0."""
     trajectories = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             problem = Problem(str(row["id"]), row["question"], str(row["answer"]))
@@ -105,12 +107,15 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, __doc__, argv)
     with user_errors():
         run = Run(settings.out, settings, settings.resume)
+        at_least(settings, epochs=1, batch=1, micro_tokens=1, save_every=1)
         if not Path(settings.data).is_file():  # said before the model is loaded
             raise UserError(f"--data {settings.data}: no such file; run_tirgen.py writes it")
         model, tokenizer = load_policy(settings.model, settings.device)
         everything = load_trajectories(settings.data, tokenizer)
+        rows = [t for t in everything if len(t.prompt_ids) + len(t) <= settings.max_length]
+        if not rows:
+            raise UserError(f"--max_length {settings.max_length}: every trajectory of {settings.data} is longer")
         run.start()
-    rows = [t for t in everything if len(t.prompt_ids) + len(t) <= settings.max_length]
     sequences = [t.prompt_ids + t.token_ids for t in rows]
     scored = [[len(t.prompt_ids) + i for i, sampled in enumerate(t.action_mask) if sampled] for t in rows]
     print(f"{len(rows)} trajectories, {sum(map(len, scored))} tokens to learn, {len(everything) - len(rows)} too long")
@@ -121,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     start = restore(run, model, optimizer).get("step", 0)
     run.rewind("metrics.jsonl", lambda record: record["step"] < start)
-    with Executor() as executor:
+    with Executor(timeout=5.0) as executor:
         engine = HFEngine(model, tokenizer)
         if settings.evaluate and not (run / "eval_base.json").exists():
             base, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "base model")
@@ -145,17 +150,18 @@ def main(argv: list[str] | None = None) -> None:
                 run.log(step, {**metrics, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens})
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-                if (step + 1) % settings.save_every == 0 and step + 1 < len(steps):
+                if (step + 1) % settings.save_every == 0 or step + 1 == len(steps):
                     save_checkpoint(run, model, optimizer, {"step": step + 1})
         engine.update_weights(model.named_parameters())
+        with run.whole_folder("final") as folder:
+            save_policy(model, tokenizer, folder)
+        print(f"model in {run / 'final'}")
         if settings.evaluate:
             after, trajectories = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after SFT")
+            run.rewind("trajectories.jsonl", lambda record: False)
             run.write_trajectories("trajectories.jsonl", trajectories, tokenizer)
             run.write_json("eval.json", after)
             print(table([("base", json.loads((run / "eval_base.json").read_text())), ("after SFT", after)]))
-    with run.whole_folder("final") as folder:
-        save_policy(model, tokenizer, folder)
-    print(f"model in {run / 'final'}")
 
 
 if __name__ == "__main__":

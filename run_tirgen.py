@@ -35,7 +35,7 @@ from thor.prompts import (
     tir_step,
 )
 from thor.rollout import Ask, derive_seed, drive
-from thor.runlog import Run, UserError, parse_settings, run_main, user_errors, write_atomic
+from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors, write_atomic
 from thor.trajectory import Problem
 from thor.verify import verify
 
@@ -93,7 +93,7 @@ class Draft:
     statuses: list[str] = field(default_factory=list)  # of each block that stands in it
     codes: list[str] = field(default_factory=list)
     finished: bool = False  # the actor ended it (EOS), it was not cut off
-    dropped: str = ""  # why it was given up: 'code_failed' | 'infra'
+    dropped: str = ""  # why it was given up: 'no_code' | 'code_failed' | 'too_long' | 'infra'
 
     @property
     def text(self) -> str:
@@ -182,6 +182,9 @@ def actor_critic(problem: Problem, name: str, actor, critic, template, settings:
         ids, shared = template.actor(problem.question, draft.text)
         stop = template.actor_stop() if template.actor_stop else None
         room = min(settings.step_tokens, budget)
+        if len(ids) >= actor.context:
+            draft.dropped = "too_long"
+            return draft
         seed = derive_seed(settings.seed, name, number, "actor")
         said = yield Ask(
             actor, Request(f"{name}/actor", ids, room, settings.temperature, seed=seed, stop=stop, shared=shared)
@@ -191,7 +194,8 @@ def actor_critic(problem: Problem, name: str, actor, critic, template, settings:
             step = step[: step.rstrip().rfind("\n") + 1]  # a window ends at a newline
         budget -= len(said.token_ids)
         last = template.is_last(step, said.finish)
-        thinking = "<think>" not in draft.text + step or "</think>" not in draft.text  # no code behind </think>
+        whole = draft.text + step
+        thinking = "<think>" not in whole or "</think>" not in whole  # no code behind </think>
         if last or not thinking or not step.strip():
             draft.segments.append((step.rstrip() if last else step, True))
             draft.finished = last
@@ -202,6 +206,9 @@ def actor_critic(problem: Problem, name: str, actor, critic, template, settings:
         for attempt in range(settings.code_tries):
             ids, shared = template.critic(problem.question, draft.text, step.strip())
             seed = derive_seed(settings.seed, name, number, attempt)
+            if len(ids) >= critic.context:
+                draft.dropped = "too_long"
+                return draft
             stop = CriticStop()
             said = yield Ask(
                 critic,
@@ -219,6 +226,7 @@ def actor_critic(problem: Problem, name: str, actor, critic, template, settings:
             reply.feed(decode(critic.tokenizer, said.token_ids))
             if says_none(reply.text):
                 draft.segments.append((step, True))
+                draft.dropped = ""
                 break
             if not reply.closed:
                 draft.dropped = "no_code"
@@ -372,6 +380,7 @@ def histogram(values: list[float]) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, __doc__, argv)
     with user_errors():
+        at_least(settings, tries=1, code_tries=1, max_steps=1, step_tokens=1, code_tokens=1, rows=2)
         if settings.template not in TEMPLATES:
             raise UserError(f"--template {settings.template}: one of {', '.join(TEMPLATES)}")
         run = Run(settings.out, settings, settings.resume)
@@ -379,9 +388,9 @@ def main(argv: list[str] | None = None) -> None:
         problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
     with Executor(timeout=settings.timeout) as executor:
         with user_errors():
-            actor = critic = HFEngine(*load_policy(settings.actor, settings.device), max_rows=settings.rows)
+            actor = critic = HFEngine(*load_policy(settings.actor, settings.device, "auto"), max_rows=settings.rows)
             if settings.critic and settings.critic != settings.actor:
-                critic = HFEngine(*load_policy(settings.critic, settings.device), max_rows=settings.rows)
+                critic = HFEngine(*load_policy(settings.critic, settings.device, "auto"), max_rows=settings.rows)
             run.start()
         template = TEMPLATES[settings.template](actor.tokenizer, critic.tokenizer)
         # tries whose prompts begin alike stand together, so that what they share is in the engine's cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from concurrent.futures import Future
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,6 +17,10 @@ from thor.fences import TextStream
 from thor.trajectory import ExecResult
 
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+hypothesis.settings.register_profile(  # how fast the machine is, is not what is tested
+    "thor", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("thor")
 
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
 
@@ -69,8 +74,8 @@ class ScriptedEngine:
     It cuts a turn where the stop rule says so, as a real engine does, and keeps what it reported.
     """
 
-    def __init__(self, tokenizer, reply) -> None:
-        self.tokenizer, self.reply = tokenizer, reply
+    def __init__(self, tokenizer, reply, context: int = 1 << 30) -> None:
+        self.tokenizer, self.reply, self.context = tokenizer, reply, context
         self.queue: list[Request] = []
         self.requests: list[Request] = []
         self.completions: list[Completion] = []

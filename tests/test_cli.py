@@ -58,6 +58,8 @@ GOOD_ROW = json.dumps({"question": "2 + 2 = ? é", "answer": "4"})
         ("rl", ["--lr", "fast"], ["--lr", "fast"]),
         ("rl", ["--estimator", "ppo3"], ["--estimator ppo3"]),
         ("rl", ["--group", "1"], ["--group 1"]),
+        ("infer", ["--rows", "0"], ["--rows 0"]),
+        ("rl", ["--temperature", "0"], ["--temperature 0"]),
         ("infer", ["--data", "missing.jsonl"], ["--data", "missing.jsonl"]),
         ("sft", ["--data", "missing.jsonl"], ["--data missing.jsonl", "run_tirgen.py"]),
         ("infer", ["--data", "no_answer.jsonl"], ["--data no_answer.jsonl:2", "answer"]),
@@ -137,7 +139,7 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path, model):
         [sys.executable, ROOT / "run_rl.py", *flags], cwd=tmp_path, env=env, stderr=subprocess.PIPE
     ) as p:
         for _ in range(600):
-            if (tmp_path / "rl/checkpoints/latest").exists():
+            if (tmp_path / "rl/checkpoints/latest.pt").exists():
                 break
             time.sleep(0.1)
         p.send_signal(signal.SIGINT)
@@ -190,6 +192,13 @@ def test_run_folder(tmp_path):
     again = Run(str(tmp_path / "r"), Demo(), resume=True)
     again.rewind("metrics.jsonl", lambda record: record["step"] < 0)
     assert again.read("metrics.jsonl") == []
+
+
+def test_unicode_line_breaks_do_not_break_records(tmp_path):
+    run = Run(str(tmp_path / "r"), Demo(), resume=False)
+    run.start()
+    run.append("x.jsonl", {"text": "a\u2028b\u0085c"})
+    assert run.read("x.jsonl") == [{"text": "a\u2028b\u0085c"}]
 
 
 def test_whole_folder_appears_only_when_it_is_whole(tmp_path):

@@ -309,3 +309,9 @@ def test_generation_is_fast():
     start = time.perf_counter()
     load_problems("synthetic", limit=500)
     assert time.perf_counter() - start < 10  # about 0.3 s alone on a core
+
+
+def test_an_id_that_comes_again_gets_its_row_behind_it(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"id": "a", "question": "q", "answer": "1"}\n' * 3)
+    assert [p.id for p in load_problems(str(path))] == ["a", "a/1", "a/2"]

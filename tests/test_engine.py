@@ -132,6 +132,30 @@ def test_bad_requests_are_refused(tokenizer):
     assert done[0].finish == "length" and len(done[0].token_ids) == 2
 
 
+def test_prefixes_are_evicted_and_come_back_right(tokenizer):
+    """More shared prefixes than rows, several times over: each answer is as if it were alone."""
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, max_rows=2)
+    engine.eos = set()
+    prompts = random_prompts(9, 200, seed=2) * 2
+    requests = [Request(str(i), [7, *p, 8], 4, temperature=0, shared=1 + len(p)) for i, p in enumerate(prompts)]
+    completions = complete(engine, requests)
+    assert len(engine.prefixes) <= 4
+    for request in requests:
+        expected = greedy_reference(tiny_llama(tokenizer), request.token_ids, 4)
+        assert_same_greedy(completions[request.id].token_ids, *expected)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"final_logit_softcapping": 30.0}, {"layer_types": ["sliding_attention", "full_attention"]}]
+)
+def test_a_model_that_would_be_computed_wrongly_is_refused(tokenizer, changes):
+    model = tiny_llama(tokenizer)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match="is not supported, it has"):
+        HFEngine(model, tokenizer)
+
+
 def test_new_weights_forget_the_cache(tokenizer):
     model, other = tiny_llama(tokenizer), tiny_llama(tokenizer, seed=1)
     engine = HFEngine(model, tokenizer)

@@ -140,6 +140,21 @@ def test_importance_weight_is_truncated_and_unknown_is_one():
     assert info["mismatch_kl"] == pytest.approx(sum(math.exp(x) - 1 - x for x in d), abs=1e-5)
 
 
+def test_kl_and_entropy_terms_by_hand():
+    logp, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0 + math.log(2), -2.0])
+    args = (
+        logp,
+        torch.tensor([0.5, 1.5]),
+        logp.clone(),
+        logp.clone(),
+        torch.zeros(2),
+        torch.zeros(2, dtype=torch.bool),
+    )
+    loss, _ = hierarchical_loss(*args, Counts(2, 0, 0), Settings(kl_coef=0.1, entropy_coef=0.01), ref)
+    # k3: ratio 2 gives 2 - 1 - log 2, ratio 1 gives 0; entropy is a bonus: its mean is 1
+    assert loss.item() == pytest.approx(0.1 * (1 - math.log(2)) / 2 - 0.01 * 1.0, abs=1e-6)
+
+
 # ---- the update -----------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from thor.engine import Request
 from thor.fences import decode
-from thor.prompts import observation_text
+from thor.prompts import observation_text, render_prompt
 from thor.rollout import INFRA_TRIES, Sampling, derive_seed, drive, regenerate_step, solve, split_think
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
@@ -237,3 +237,21 @@ def test_tasks_in_flight_are_bounded_and_all_run(tokenizer):
 
     assert drive([task(i) for i in range(9)], engine, ScriptedExecutor(None), in_flight=3) == list(range(9))
     assert most <= 3
+
+
+def test_the_models_context_ends_a_trajectory(tokenizer):
+    prompt = len(render_prompt(tokenizer, PROBLEM.question))
+    for context, sampled in ((prompt + 5, 5), (prompt, 0), (3, 0)):
+        engine = ScriptedEngine(tokenizer, turns("a long answer"), context=context)
+        [trajectory] = solve(engine, ScriptedExecutor(passes_unless_bad), [PROBLEM], ROOMY)
+        assert trajectory.finish == "length" and trajectory.num_sampled == sampled
+
+
+def test_a_problem_is_seeded_by_its_name_not_by_its_neighbours(tokenizer):
+    others = [Problem(str(i), "What?", "") for i in range(3)]
+    seeds = []
+    for problems in ([*others, PROBLEM, PROBLEM], [PROBLEM, others[0], PROBLEM]):
+        engine = ScriptedEngine(tokenizer, turns("x"))
+        solve(engine, ScriptedExecutor(passes_unless_bad), problems, ROOMY)
+        seeds.append(sorted(r.seed for r in engine.requests if r.id.startswith("p#")))
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 2

@@ -191,3 +191,22 @@ def test_what_sft_learns_is_what_the_policy_wrote(tokenizer):
     learned = [token for token, m in zip(ledger.token_ids, ledger.action_mask, strict=True) if m]
     assert decode(tokenizer, learned) == draft_.policy_text and learned[-1] == tokenizer.eos_token_id
     assert decode(tokenizer, ledger.token_ids) == draft_.text
+
+
+def test_none_after_a_reply_without_block_keeps_the_try(tokenizer):
+    draft_, _ = build(tokenizer, ["Think.\n", "So \\boxed{4}.\n"], ["no block here", "none"], code_tries=2)
+    assert not draft_.dropped and draft_.text == "Think.\nSo \\boxed{4}."
+
+
+def test_a_window_that_leaves_think_is_not_rewritten(tokenizer):
+    actor = "<think>\nx\n</think>\nThe sum is\nfour and mo"
+    draft_, engine = build(tokenizer, [actor, "\\boxed{4}"], [BLOCK], template=Instruct, step_tokens=len(actor))
+    assert draft_.text == "<think>\nx\n</think>\nThe sum is\n\\boxed{4}"
+    assert not any(r.id.endswith("critic") for r in engine.requests)
+
+
+def test_a_prompt_longer_than_the_models_context_drops_the_try(tokenizer):
+    engine = ScriptedEngine(tokenizer, lambda request, turn: "x\n", context=100)
+    task = actor_critic(PROBLEM, "p#0", engine, engine, FewShot(tokenizer, tokenizer), Settings())
+    [draft_] = drive([task], engine, ScriptedExecutor(passes_unless_bad))
+    assert draft_.dropped == "too_long" and not engine.requests

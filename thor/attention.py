@@ -20,7 +20,17 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")  # would c
 
 
 def use_layout_attention(model: PreTrainedModel) -> None:
-    """Switch `model` to the attention of this module; from then on it wants `layout=` in every forward."""
+    """Switch `model` to the attention of this module; from then on it wants `layout=` in every forward.
+
+    Raises ValueError for a model that would be computed wrongly: other than full attention, or scaled or capped logits.
+    """
+    config = model.config.get_text_config()
+    others = {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1.0):
+            others.add(name)
+    if others:
+        raise ValueError(f"{type(model).__name__} is not supported, it has {', '.join(sorted(others))}")
     model.set_attn_implementation("thor")
 
 

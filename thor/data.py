@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -71,6 +72,11 @@ def load_problems(source: str, split: str = "train", limit: int | None = None, s
     problems = [_problem(row, where, f"{stem}/{i}") for i, (where, row) in enumerate(islice(rows, limit))]
     if not problems:
         raise ValueError(f"{source}: it is empty; expected rows with a question and an answer")
+    seen: set[str] = set()  # ids tell problems apart everywhere: one that comes again gets its row's number behind it
+    for i, problem in enumerate(problems):
+        if problem.id in seen:
+            problems[i] = replace(problem, id=f"{problem.id}/{i}")
+        seen.add(problems[i].id)
     return problems
 
 

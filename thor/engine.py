@@ -54,9 +54,10 @@ class Completion:
 
 
 class Engine(Protocol):
-    """What the rollout loop drives; see DESIGN's contract in the module docstring of thor/rollout.py."""
+    """What the rollout loop drives: requests go in, `step` samples on, finished turns come out, in any order."""
 
     tokenizer: object
+    context: int  # tokens that the model takes: a request must have fewer
 
     def add(self, request: Request) -> None: ...
 
@@ -381,7 +382,7 @@ class HFEngine:
                 finish = "eos"
             elif row.request.stop and row.request.stop.feed(row.text.push(token)):
                 finish = "stop"
-            elif len(row.sampled) >= min(row.request.max_tokens, self.context - len(row.request.token_ids)):
+            elif len(row.sampled) >= self._room(row.request):
                 finish = "length"
             if finish:
                 row.running = False
@@ -390,19 +391,19 @@ class HFEngine:
 
 
 def uniform(seeds: list[int], counts: list[int]) -> np.ndarray:
-    """One number in (0, 1) for each (seed, count): a hash, not a stream, so it does not depend on batch-mates.
+    """One float32 in (0, 1) for each (seed, count): a hash, not a stream, so it does not depend on batch-mates.
 
-    The mixing steps are those of splitmix64 (Steele, Lea and Flood 2014), applied to seed and count in turn.
+    The mixing steps are those of splitmix64 (Steele, Lea and Flood 2014), applied to the seed and then the count.
     """
-    with np.errstate(over="ignore"):
-        x = np.array([s & (2**64 - 1) for s in seeds], dtype=np.uint64)
-        for more in (0, np.array(counts, dtype=np.uint64)):
-            x = (x + np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(more) if np.isscalar(more) else x + more
-            x = x + np.uint64(0x9E3779B97F4A7C15)
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            x = x ^ (x >> np.uint64(31))
-    return ((x >> np.uint64(40)).astype(np.float32) + 0.5) / np.float32(2**24)
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    hashed = mix(mix(np.array([s & (2**64 - 1) for s in seeds], np.uint64)) + np.array(counts, np.uint64))
+    return ((hashed >> np.uint64(41)).astype(np.float32) + np.float32(0.5)) / np.float32(2**23)
 
 
 def sample(logits, temperatures, top_ps, top_ks, uniforms) -> tuple[torch.Tensor, torch.Tensor]:

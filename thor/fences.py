@@ -6,14 +6,18 @@ A block opens at a line that starts with "```python" and closes at a line that i
 
 from __future__ import annotations
 
+import re
+
 OPEN, CLOSE = "```python", "```"
+BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\boxed\s*(?P<bare>[-+]?\d[\d.,/]*|[A-Za-z]\b)|\\.|[{}]", re.DOTALL)
 
 
 class FenceParser:
-    """Incremental parser of one turn of the policy; it is also the stop rule that an engine feeds.
+    r"""Incremental parser of one turn of the policy; it is also the stop rule that an engine feeds.
 
-    The block counts as closed as soon as its last line reads "```", without waiting for the newline: the model's
-    next token could only be that newline. Text after the closing line in the same piece is left alone.
+    The block counts as closed as soon as its last line reads "```": waiting for the newline would cost a token in every
+    block. So a piece that ends in "\n```" closes it even where more was to come on that line, while the same text in
+    one piece does not. Text after the closing line in the same piece is left alone.
 
     Attributes (character offsets into all text fed so far; -1 until known):
         open_at: start of the line "```python"    code_at: first character of the code
@@ -60,22 +64,23 @@ def opens_block(line: str) -> bool:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Content of the last complete \boxed{...} (braces balanced; "\boxed 5" works), None if there is none."""
-    end = len(text)
-    while (at := text.rfind("\\boxed", 0, end)) >= 0:
-        rest = text[at + len("\\boxed") :]
-        body = rest.lstrip(" ")
-        if body.startswith("{"):
-            depth = 0
-            for i, char in enumerate(body):
-                escaped = i > 0 and body[i - 1] == "\\"
-                depth += 0 if escaped else (char == "{") - (char == "}")
-                if depth == 0:
-                    return body[1:i].strip()
-        elif body and body != rest and not body[0].isspace():
-            return body.split()[0].rstrip(".,;$")
-        end = at
-    return None
+    r"""Contents of the last complete \boxed{...} (or "\boxed 5"), stripped; None where there is none.
+
+    Braces are balanced, "\{" and "\}" do not count. Of nested boxes the innermost is taken.
+    """
+    answer, answer_start = None, -1
+    open_braces: list[int | None] = []  # where the contents of a box begin; None for other braces
+    for token in BOX_TOKENS.finditer(text):
+        if token["bare"]:
+            answer, answer_start = token["bare"].rstrip(".,/"), token.start()
+        elif token[0] in ("{", "}") or token[0].startswith(r"\boxed"):
+            if token[0] != "}":
+                open_braces.append(None if token[0] == "{" else token.end())
+            elif open_braces:
+                start = open_braces.pop()
+                if start is not None and start > answer_start:
+                    answer, answer_start = text[start : token.start()].strip(), start
+    return answer
 
 
 class TextStream:

@@ -6,11 +6,13 @@ Shapes: B sequences, T distinct tokens of their tree, N scored tokens, V vocabul
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
@@ -22,11 +24,12 @@ from thor.runlog import Run
 DEMO_MODEL = "smollm2-135m"
 
 
-def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, object]:
+def load_policy(name: str, device: str = "auto", dtype: str = "float32") -> tuple[PreTrainedModel, object]:
     """Model (in eval mode, with layout attention) and tokenizer.
 
     name: 'smollm2-135m' (fetched on first use), a local Hugging Face folder, or a hub id.
-    device: 'auto' is a GPU where there is one; dtype: 'auto' is float32 on the CPU, bfloat16 on a GPU.
+    device: 'auto' is a GPU where there is one. dtype: 'auto' is float32 on the CPU and bfloat16 on a GPU, for sampling
+    alone; what is trained stays in float32, since small updates would be rounded away in bfloat16.
     Raises ModelError with one line that says what to do.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -44,10 +47,13 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> tuple[P
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{name}: cannot be loaded as a local folder or a hub id: {first}") from error
-    use_layout_attention(model)
+    try:
+        use_layout_attention(model)
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -147,19 +153,23 @@ def optimizer_step(
     return {"loss": total, "grad_norm": norm, "skipped": float(skipped)}
 
 
+CHECKPOINT = "checkpoints/latest.pt"
+
+
 def save_checkpoint(run: Run, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: dict) -> None:
-    """Everything that a resumed run needs, as checkpoints/latest; the one before goes when this one is whole."""
-    with run.whole_folder("checkpoints/latest") as folder:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}
-        torch.save(state, folder / "state.pt")
+    """Everything that a resumed run needs, in one file that takes the place of the one before when it is whole."""
+    path = run / CHECKPOINT
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}, temporary)
+    os.replace(temporary, path)
 
 
 def restore(run: Run, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict:
     """Load the run's checkpoint, if there is one; returns its progress (empty for a fresh run)."""
-    path = run / "checkpoints" / "latest" / "state.pt"
-    if not path.exists():
+    if not (run / CHECKPOINT).exists():
         return {}
-    state = torch.load(path, map_location=model.device, weights_only=True)
+    state = torch.load(run / CHECKPOINT, map_location=model.device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["progress"]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from thor.engine import Completion, Engine, Request
@@ -190,7 +190,8 @@ def think_act_observe(
     trajectory = Trajectory(problem, render_prompt(engine.tokenizer, problem.question))
     rounds = tries = 0
     while not trajectory.finish:
-        room = sampling.max_tokens - len(trajectory)
+        used = len(trajectory.prompt_ids) + len(trajectory)
+        room = min(sampling.max_tokens - len(trajectory), engine.context - used)
         if room <= 0:
             trajectory.finish = "length"
             break
@@ -243,6 +244,7 @@ def solve(
     problems: list[Problem],
     sampling: Sampling,
     *,
+    max_rounds: int | None = None,
     self_correct: int = 0,
     suffix_tokens: int = 100,
     stop_on_failure: bool = False,
@@ -251,6 +253,7 @@ def solve(
 ) -> list[Trajectory]:
     """One trajectory for each entry of `problems` (repeat an entry G times for a group), in their order.
 
+    max_rounds: overrides the one of `sampling`.
     self_correct: tries per step; when a block fails and tries remain, the response is cut back to r_pre (all but the
     last `suffix_tokens` tokens of the thought) and sampled on from there. When they are spent, the failed output
     stays and the model goes on. Discarded tokens and corrections are counted in the trajectory.
@@ -258,12 +261,16 @@ def solve(
     A trajectory whose sandbox failed has finish 'infra': drop it, it says nothing about the policy.
     `done(index, trajectory)` is called as each one ends.
     """
-    tasks = [
-        think_act_observe(
-            engine, problem, f"{problem.id}#{i}", sampling, self_correct, suffix_tokens, stop_on_failure, listener
+    if max_rounds is not None:
+        sampling = replace(sampling, max_rounds=max_rounds)
+    seen: Counter[str] = Counter()
+    tasks = []
+    for problem in problems:  # named, and so seeded, by id and repetition: not by what else is solved beside it
+        name = f"{problem.id}#{seen[problem.id]}"
+        seen[problem.id] += 1
+        tasks.append(
+            think_act_observe(engine, problem, name, sampling, self_correct, suffix_tokens, stop_on_failure, listener)
         )
-        for i, problem in enumerate(problems)
-    ]
     return drive(tasks, engine, executor, done)
 
 
@@ -282,7 +289,8 @@ def regenerate_step(
     context = trajectory.prompt_ids + trajectory.token_ids[: step.think_start]
     r_pre = trajectory.token_ids[step.think_start : cut]
     sample = Trajectory(trajectory.problem, context + r_pre, finish="stop")
-    room, seed, shared = sampling.max_tokens - cut, derive_seed(sampling.seed, name), len(sample.prompt_ids) - 1
+    room = min(sampling.max_tokens - cut, engine.context - len(sample.prompt_ids))
+    seed, shared = derive_seed(sampling.seed, name), len(sample.prompt_ids) - 1
     completion, act, parser = yield from sample_step(engine, name, context, r_pre, room, sampling, seed, shared)
     if not parser.closed:
         return None

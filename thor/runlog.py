@@ -1,7 +1,8 @@
 """What every script does around its algorithm: settings, the run folder, metrics, one-line errors.
 
 A run folder holds config.json, metrics.jsonl, trajectories.jsonl, checkpoints/, final/ and TensorBoard's files.
-Whatever stands there under its final name is whole: files and folders are written beside it and then renamed.
+Files and folders are written beside their final name and then renamed, so what stands there is whole; jsonl files
+grow a line at a time, and a line that a crash has torn is dropped when a run is resumed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ class UserError(Exception):
     """Something the user can mend; shown as one line."""
 
 
+def at_least(settings: Any, **bounds: int) -> None:
+    """Refuse a setting below its bound, naming its flag."""
+    for name, bound in bounds.items():
+        if getattr(settings, name) < bound:
+            raise UserError(f"--{name} {getattr(settings, name)}: at least {bound} is wanted")
+
+
 @contextlib.contextmanager
 def user_errors(flag: str = "") -> Iterator[None]:
     """Around reading input (named by `flag`): a fault ends the program with one line and exit code 2, no traceback."""
@@ -39,6 +47,8 @@ def user_errors(flag: str = "") -> Iterator[None]:
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main; Ctrl-C ends it with one line that says how to go on."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # they would write over each other's run folder
+        sys.exit(f"{Path(sys.argv[0]).name}: error: started as {os.environ['WORLD_SIZE']} processes, one is supported")
     try:
         main()
     except KeyboardInterrupt:
@@ -79,7 +89,7 @@ class Run:
     """The folder of one run.
 
     resume=False refuses a folder that holds anything; resume=True takes up what is there (an empty one is fine) and
-    refuses settings other than those of its config.json, except `resume` itself and those named in `free`.
+    refuses settings other than those of its config.json, `resume` aside.
     """
 
     def __init__(self, folder: str, settings: Any, resume: bool) -> None:
@@ -119,8 +129,8 @@ class Run:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
-            path.write_bytes(whole)
-        return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+            os.truncate(path, len(whole))
+        return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
 
     def write_trajectories(self, name: str, trajectories: list, tokenizer, **extra: Any) -> None:
         """Add trajectories to a jsonl file: the ledger, and its text to read."""
@@ -151,8 +161,14 @@ class Run:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        if target.exists():
+            old = target.with_name(f"{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+            os.replace(temporary, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, target)
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -54,7 +54,8 @@ class Step:
     """One (think, act, observe) with token offsets into the *whole* response.
 
     think [think_start, act_start)   act [act_start, observe_start)   observe [observe_start, end)
-    A step without a closed block (the last one) has act_start == observe_start == end and no code.
+    Without a closed block (the last step) act_start == observe_start == end. A block that was not run (no rounds left,
+    or the sandbox failed) has no code and no result either.
     """
 
     think_start: int

@@ -20,31 +20,11 @@ import threading
 from fractions import Fraction
 from functools import partial
 
+from thor.fences import extract_answer
+
 MAX_CHARS = 2000  # a longer answer is compared as text only
 MEMORY_BYTES = 1 << 30  # address space of the helper
 STARTUP_SECONDS = 120  # importing sympy on a busy machine
-
-BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\boxed\s*(?P<bare>[-+]?\d[\d.,/]*|[A-Za-z]\b)|\\.|[{}]", re.DOTALL)
-
-
-def extract_answer(text: str) -> str | None:
-    r"""Contents of the last complete \boxed{...} (or "\boxed 5"), stripped; None where there is none.
-
-    Braces are balanced, "\{" and "\}" do not count. Of nested boxes the innermost is taken.
-    """
-    answer, answer_start = None, -1
-    open_braces: list[int | None] = []  # where the contents of a box begin; None for other braces
-    for token in BOX_TOKENS.finditer(text):
-        if token["bare"]:
-            answer, answer_start = token["bare"].rstrip(".,/"), token.start()
-        elif token[0] in ("{", "}") or token[0].startswith(r"\boxed"):
-            if token[0] != "}":
-                open_braces.append(None if token[0] == "{" else token.end())
-            elif open_braces:
-                start = open_braces.pop()
-                if start is not None and start > answer_start:
-                    answer, answer_start = text[start : token.start()].strip(), start
-    return answer
 
 
 def verify(prediction: str, gold: str, timeout: float = 5.0) -> bool:
