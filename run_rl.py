@@ -60,7 +60,7 @@ class Settings:
     limit: int = field(default=512, metadata={"help": "number of problems, the first ones of a file"})
     model: str = field(default="runs/sft/final", metadata={"help": "demo name, folder or hub id"})
     iterations: int = field(default=3, metadata={"help": "iterations of sampling and updating"})
-    prompts: int = field(default=6, metadata={"help": "P, problems of an iteration (paper: 128)"})
+    prompts: int = field(default=4, metadata={"help": "P, problems of an iteration (paper: 128)"})
     group: int = field(default=8, metadata={"help": "G, trajectories of a problem, and samples of a step (paper: 16)"})
     estimator: str = field(default="grpo", metadata={"help": "advantage estimator: 'grpo'"})
     updates: int = field(default=1, metadata={"help": "optimizer steps per iteration"})

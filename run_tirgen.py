@@ -48,7 +48,7 @@ class Settings:
         default="synthetic", metadata={"help": "problems: 'synthetic', a json/jsonl/parquet file, or a hub data set"}
     )
     split: str = field(default="train", metadata={"help": "split of 'synthetic' or of a hub data set"})
-    limit: int = field(default=160, metadata={"help": "number of problems, the first ones of a file"})
+    limit: int = field(default=128, metadata={"help": "number of problems, the first ones of a file"})
     actor: str = field(
         default=DEMO_MODEL, metadata={"help": "model that reasons: demo name, folder or hub id (paper: Qwen3-8B)"}
     )
