@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from transformers import HfArgumentParser
 
 S = TypeVar("S")
@@ -52,7 +53,8 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; the same command with --resume goes on", file=sys.stderr)
+        name = Path(sys.argv[0]).name
+        print(f"\n{name}: interrupted; a run folder is continued by the same command with --resume", file=sys.stderr)
         sys.exit(130)
 
 
@@ -61,8 +63,6 @@ def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positi
 
     positional: name of the setting that may also stand on the command line without its flag.
     """
-    import yaml
-
     argv = list(sys.argv[1:] if argv is None else argv)
     formatter = type("Help", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
     parser = HfArgumentParser(cls, description=doc, allow_abbrev=False, formatter_class=formatter)
