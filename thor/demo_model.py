@@ -61,7 +61,8 @@ def demo_model(name: str = NAME) -> Path:
 
 def prepare(path: Path) -> None:
     """Download, check, convert and rename into place; the caller holds the lock."""
-    import gguf  # noqa: F401  # transformers will need it: find out before the download
+    import accelerate  # noqa: F401  # transformers will need both: find out before the download
+    import gguf  # noqa: F401
 
     for stale in path.parent.glob(f"{path.name}.tmp-*"):  # left by killed runs: a live one would hold the lock
         shutil.rmtree(stale, ignore_errors=True)
