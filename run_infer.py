@@ -69,8 +69,11 @@ class Printer:
 
     def __call__(self, kind: str, text: str) -> None:
         if kind == "text":
+            before = len(self.parser.text)
             self.parser.feed(text)
-            self.show("code" if self.parser.is_open or self.parser.closed else "thought", text)
+            cut = max(0, self.parser.code_at - before) if self.parser.code_at >= 0 else len(text)
+            self.show("thought", text[:cut])  # a piece may hold the end of a thought and the start of its code
+            self.show("code", text[cut:])
             return
         self.parser = FenceParser()
         if kind == "correction":
@@ -79,7 +82,7 @@ class Printer:
             self.show(kind, text)
 
     def show(self, style: str, text: str) -> None:
-        colour = COLOURS[style] if self.colour else ""
+        colour = COLOURS[style] if self.colour and text else ""
         self.stream.write(f"{colour}{text}\033[0m" if colour else text)
         self.stream.flush()
 
