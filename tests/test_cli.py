@@ -136,7 +136,11 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path, model):
     flags += ["--iterations", "400", "--evaluate", "False", "--out", "rl"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, ROOT / "run_rl.py", *flags], cwd=tmp_path, env=env, stderr=subprocess.PIPE
+        [sys.executable, ROOT / "run_rl.py", *flags],
+        cwd=tmp_path,
+        env=env,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would ignore it
     ) as p:
         for _ in range(600):
             if (tmp_path / "rl/checkpoints/latest.pt").exists():
