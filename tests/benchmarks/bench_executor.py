@@ -233,6 +233,7 @@ def soak(count: int) -> dict:
 
 def attempt_by_exec(code: str, canary: Canary, answer: Connection) -> None:
     """One hostile snippet in an exec pool that is killed after the timeout; sends what got out, '' if nothing."""
+    os.setsid()  # some kill their whole process group
     pool, out, reason = ProcessPoolExecutor(1, initializer=load), "", ""
     pool.submit(by_exec, "pass").result()
     with contextlib.suppress(Exception):  # it may fail, or break the pool
