@@ -314,7 +314,7 @@ class Canary:
         return code.replace("ABSTRACT", self.token[:6] + "' + '" + self.token[6:])
 
     def state(self) -> list:
-        return [(p.name, p.stat().st_mode, p.stat().st_mtime, p.stat().st_uid) for p in sorted(self.folder.iterdir())]
+        return [(p.name, p.stat().st_mode, p.stat().st_mtime, p.stat().st_uid) for p in sorted(self.folder.glob("*"))]
 
     def harm(self) -> str:
         """What happened to it, in words; empty if nothing."""
@@ -333,7 +333,7 @@ class Canary:
         self.process.kill(), self.process.wait()
         for s in (self.tcp, self.udp, self.unix, self.abstract):
             s.close()
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def server_processes(executor: Executor) -> int:
