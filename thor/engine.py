@@ -376,11 +376,11 @@ class HFEngine:
     # ---- rows and prefixes ----
 
     def _forget(self) -> None:
-        self.rows: list[_Row | None] = []
-        self.prefixes: list[_Prefix | None] = []
+        if self.row_store.slots < self.max_rows:  # few, as they had to be long; perhaps that is no longer so
+            self.row_store.clear()
+        self.rows: list[_Row | None] = [None] * self.row_store.slots
+        self.prefixes: list[_Prefix | None] = [None] * self.prefix_store.slots
         self.sharers: dict[int, set[str]] = {}  # hash of a prefix -> the requests that begin with it
-        self.row_store.clear()
-        self.prefix_store.clear()
         self.clock = 0
 
     def _room(self, request: Request) -> int:
@@ -565,20 +565,22 @@ def sample(logits, temperatures, top_ps, top_ks, uniforms) -> tuple[torch.Tensor
     The log-probs are those of the distribution drawn from, after temperature, top-k and top-p. Greedy rows
     (temperature 0) report log-probs at temperature 1.
     """
-    temperature = torch.tensor(temperatures, dtype=torch.float32, device=logits.device)
-    greedy = temperature == 0
-    logps = torch.log_softmax(logits.float() / torch.where(greedy, 1.0, temperature)[:, None], -1)
+    greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
+    logits = logits.float()
+    if any(t not in (0, 1) for t in temperatures):
+        logits = logits / torch.tensor([t or 1.0 for t in temperatures], device=logits.device)[:, None]
+    best, token_ids = logits.max(-1, keepdim=True)
     if any(top_ks) or any(p < 1 for p in top_ps):
-        ordered, order = logps.sort(-1, descending=True)
-        rank = torch.arange(logps.shape[1], device=logits.device)
-        k = torch.tensor([k or logps.shape[1] for k in top_ks], device=logits.device)[:, None]
+        ordered, order = logits.sort(-1, descending=True)
+        rank = torch.arange(logits.shape[1], device=logits.device)
+        k = torch.tensor([k or logits.shape[1] for k in top_ks], device=logits.device)[:, None]
         p = torch.tensor(top_ps, device=logits.device)[:, None]
-        mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-        drop = (rank >= k) | (mass_before >= p)
+        mass = ordered.softmax(-1)
+        drop = ((rank >= k) | (mass.cumsum(-1) - mass >= p)) & ~greedy[:, None]
         drop[:, 0] = False
-        drop = torch.zeros_like(drop).scatter(-1, order, drop)
-        logps = torch.where(greedy[:, None], logps, torch.log_softmax(logps.masked_fill(drop, float("-inf")), -1))
-    cumulative = logps.exp().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:]).squeeze(1)
-    token_ids = torch.where(greedy, logps.argmax(-1), drawn.clamp_(max=logps.shape[1] - 1))
-    return token_ids, logps.gather(-1, token_ids[:, None]).squeeze(1)
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
+    cumulative = (logits - best).exp_().cumsum(-1)
+    total = cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, uniforms[:, None] * total).clamp_(max=logits.shape[1] - 1)
+    token_ids = torch.where(greedy[:, None], token_ids, drawn)
+    return token_ids.squeeze(1), (logits.gather(-1, token_ids) - best - total.log()).squeeze(1)
