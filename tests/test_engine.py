@@ -325,3 +325,13 @@ def test_greedy_rows_beside_sampled_ones():
     ids, logps = sample(logits, [0.0, 1.0], [1.0, 0.5], [0, 0], torch.tensor([0.001, 0.5]))
     assert ids.tolist() == [2, 0]
     assert logps[0].item() == pytest.approx(torch.log_softmax(logits[0], -1)[2].item())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_samples_what_the_cpu_samples(tokenizer):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    prompts = random_prompts(16, 200)
+    requests = [Request(str(i), [7] * 20 + p, 8, temperature=0, shared=20) for i, p in enumerate(prompts)]
+    completions = complete(HFEngine(tiny_llama(tokenizer).cuda(), tokenizer), requests)
+    for request in requests:
+        assert_same_greedy(completions[request.id], tiny_llama(tokenizer), request.token_ids)

@@ -17,6 +17,7 @@ implementation can avoid: linear layers and vocabulary projection of each new to
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -219,6 +220,12 @@ def main() -> None:
             engine = HFEngine(model, tokenizer)
             engine.eos = set()
             engines["ours"] = lambda load, ex: by_engine(engine, load, ex, vocabulary)
+        if "vllm" in args.engines and importlib.util.find_spec("vllm"):
+            from thor.engine_vllm import VLLMEngine
+
+            vllm = VLLMEngine(model.config._name_or_path)
+            vllm.eos = set()
+            engines["vllm"] = lambda load, ex: by_engine(vllm, load, ex, vocabulary)
         found: dict = {}
         for name in args.only.split(","):
             for which, run in engines.items():

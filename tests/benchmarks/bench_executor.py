@@ -17,15 +17,16 @@ import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
@@ -231,8 +232,8 @@ def soak(count: int) -> dict:
     }
 
 
-def attempt_by_exec(code: str, canary: Canary, answer: Connection) -> None:
-    """One hostile snippet in an exec pool that is killed after the timeout; sends what got out, '' if nothing."""
+def attempt_by_exec(code: str, canary: Canary, answer: str) -> None:
+    """One hostile snippet in an exec pool that is killed after the timeout; writes to a file what got out."""
     os.setsid()  # some kill their whole process group
     pool, out, reason = ProcessPoolExecutor(1, initializer=load), "", ""
     pool.submit(by_exec, "pass").result()
@@ -251,7 +252,8 @@ def attempt_by_exec(code: str, canary: Canary, answer: Connection) -> None:
         reason = reason or ("" if right else "the next snippet was wrong")
     for worker in list(pool._processes.values()):
         worker.kill()
-    answer.send(reason)
+    Path(answer).write_text(reason)
+    os._exit(0)  # not waiting for the pool's threads
 
 
 def contained_by_exec(code: str) -> str:
@@ -267,16 +269,14 @@ def contained_by_exec(code: str) -> str:
 
     canary = Canary()
     before = own_processes()
-    mine, theirs = multiprocessing.Pipe()
-    caller = multiprocessing.get_context("fork").Process(target=attempt_by_exec, args=(code, canary, theirs))
+    answer = Path(tempfile.mkdtemp()) / "answer"  # no pipe: some snippets write to whatever is open
+    caller = multiprocessing.get_context("fork").Process(target=attempt_by_exec, args=(code, canary, str(answer)))
     caller.start()
-    theirs.close()
-    reason = "the pool hangs, or was killed with its caller"
-    with contextlib.suppress(EOFError):
-        if mine.poll(5.0):
-            reason = mine.recv()
+    caller.join(5.0)
+    reason = answer.read_text() if answer.exists() else "the pool hangs, or was killed with its caller"
     caller.kill()
     caller.join()
+    shutil.rmtree(answer.parent, ignore_errors=True)
     time.sleep(0.05)
     left = own_processes() - before
     for pid in left:
