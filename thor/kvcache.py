@@ -1,0 +1,246 @@
+"""Keys and values of the tokens that HFEngine has seen, and the attention of one forward pass over them.
+
+Two stores of the same kind: one slot a request, and one slot a prefix that several requests share. A request's first
+tokens are those of its prefix, the rest stands in its own slot.
+
+Shapes: R rows that decode, T tokens of one forward pass, P prefixes in use, H/K/D query heads, key heads, head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from thor.attention import causal_sdpa
+from thor.fences import TextStream
+
+HIDDEN = -1e30  # score of a key that is not seen; finite, since a part of a softmax may consist of nothing else
+
+
+class Store:
+    """Keys and values of sequences in slots: per layer `keys[layer]` and `values[layer]`, each [slots, K, capacity, D].
+
+    Written in place. Zeros, not garbage, beyond what is written: a masked weight of 0 times a NaN would be NaN.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        self.layers = config.num_hidden_layers
+        self.key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.dtype, self.device = model.dtype, model.device
+        self.bytes_per_token = 2 * self.layers * self.key_heads * self.head_dim * self.dtype.itemsize
+        self.clear()
+
+    def clear(self) -> None:
+        self.slots = self.capacity = 0
+        self.keys, self.values = ([self._zeros(0, 0) for _ in range(self.layers)] for _ in "kv")
+
+    def _zeros(self, slots: int, capacity: int) -> torch.Tensor:
+        return torch.zeros(slots, self.key_heads, capacity, self.head_dim, dtype=self.dtype, device=self.device)
+
+    def resize(self, slots: int, capacity: int, keep: list[int]) -> None:
+        """Other sizes; the contents of the slots `keep` become those of the first slots."""
+        length = min(capacity, self.capacity)
+        for tensors in (self.keys, self.values):
+            for layer in range(self.layers):  # one at a time: old and new of all layers might not fit
+                new = self._zeros(slots, capacity)
+                if keep:
+                    new[: len(keep), :, :length] = tensors[layer][keep, :, :length]
+                tensors[layer] = new
+        self.slots, self.capacity = slots, capacity
+
+    def swap(self, i: int, j: int, length: int) -> None:
+        for tensor in (*self.keys, *self.values):
+            tensor[[i, j], :, :length] = tensor[[j, i], :, :length]
+
+
+def compact(items: list, store: Store, wanted: Callable[[Any], bool], length: Callable[[Any], int]) -> None:
+    """Move the wanted items to the first slots, so that attention reads one view of them and no other."""
+    front = [bool(item and wanted(item)) for item in items]
+    i, j = 0, len(items) - 1
+    while True:
+        while i < j and front[i]:
+            i += 1
+        while i < j and not front[j]:
+            j -= 1
+        if i >= j:
+            return
+        store.swap(i, j, max(length(item) for item in (items[i], items[j]) if item))
+        items[i], items[j] = items[j], items[i]
+        front[i], front[j] = True, False
+
+
+@dataclass(eq=False)
+class Prefix:
+    """Leading tokens that several requests share, in one slot of their own store."""
+
+    token_ids: tuple[int, ...]
+    cached: int = 0
+    used: int = 0  # step of the last use
+
+    @property
+    def pending(self) -> int:
+        return len(self.token_ids) - self.cached
+
+
+@dataclass(eq=False)
+class Row:
+    """A request in one slot: the keys and values of its first tokens are those of `prefix`, `cached` more are there."""
+
+    request: Any  # engine.Request
+    prefix: Prefix | None
+    token_ids: list[int]  # everything so far
+    cached: int = 0
+    sampled: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    text: TextStream | None = None  # of what was sampled, for the stop rule
+    running: bool = True
+    used: int = 0  # step of the last use
+
+    @property
+    def offset(self) -> int:
+        return len(self.prefix.token_ids) if self.prefix else 0
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are not cached yet."""
+        return len(self.token_ids) - self.offset - self.cached
+
+    @property
+    def ready(self) -> bool:
+        return self.running and not (self.prefix and self.prefix.pending)
+
+
+@dataclass
+class Chunk:
+    """Pending tokens of one sequence, computed in one forward pass; their keys and values go to store[slot][start:]."""
+
+    token_ids: list[int]
+    position: int  # of the first of them in the whole text
+    store: Store
+    slot: int
+    start: int
+    prefix: int | None  # the slot in the store of prefixes that they also see
+    row: Row | None = None  # sampled from after this chunk
+
+
+class CacheLayout:
+    """Who sees what in one forward pass over [decoding rows 0..R-1, one token each | chunks, several tokens each].
+
+    A decoding row sees its prefix and its own slot. Both parts are computed for all rows at once: P prefixes in use,
+    each with at most m rows, so that what a group shares is read once.
+    """
+
+    def __init__(
+        self,
+        rows: Store,
+        prefixes: Store,
+        decoding: list[Row],
+        shared: list[Prefix | None],  # in the order of their slots
+        chunks: list[Chunk],
+    ) -> None:
+        self.rows, self.prefixes, self.chunks, device = rows, prefixes, chunks, rows.device
+        self.R = len(decoding)
+        self.lengths = torch.tensor([row.cached + 1 for row in decoding], device=device)
+        self.row_index = torch.arange(self.R, device=device)
+        self.longest = max((row.cached + 1 for row in decoding), default=0)
+        self.P, self.longest_prefix = 0, 0
+        members: list[list[int]] = [[] for _ in shared]
+        slot_of = {id(prefix): slot for slot, prefix in enumerate(shared) if prefix}
+        for i, row in enumerate(decoding):
+            if row.prefix:
+                members[slot_of[id(row.prefix)]].append(i)
+        members = members[: max((p + 1 for p, group in enumerate(members) if group), default=0)]
+        if members:
+            self.P, m = len(members), max(map(len, members))
+            self.longest_prefix = max(len(prefix.token_ids) for prefix in shared[: self.P])
+            # members [P, m]: a row, or R where there is none; place [R]: where each row stands in there, or P * m
+            self.members = torch.tensor([group + [self.R] * (m - len(group)) for group in members], device=device)
+            place = [self.P * m] * self.R
+            for p, group in enumerate(members):
+                for j, i in enumerate(group):
+                    place[i] = p * m + j
+            self.place = torch.tensor(place, device=device)
+            self.prefix_lengths = torch.tensor([len(prefix.token_ids) for prefix in shared[: self.P]], device=device)
+            self.offsets = torch.tensor([row.offset for row in decoding], device=device)
+        self.hidden: dict[int | None, tuple] = {}  # window -> masks of keys that are not seen
+
+    def attend(self, layer: int, query, key, value, scaling: float, window: int | None) -> torch.Tensor:
+        """query [H, T, D], key and value [K, T, D] of the new tokens -> [H, T, D]."""
+        outputs = []
+        if self.R:
+            self.rows.keys[layer][self.row_index, :, self.lengths - 1] = key[:, : self.R].transpose(0, 1)
+            self.rows.values[layer][self.row_index, :, self.lengths - 1] = value[:, : self.R].transpose(0, 1)
+            outputs.append(self._decode(layer, query[:, : self.R] * scaling, key.shape[0], window))
+        at = self.R
+        for chunk in self.chunks:
+            count, end = len(chunk.token_ids), chunk.start + len(chunk.token_ids)
+            keys, values = chunk.store.keys[layer][chunk.slot], chunk.store.values[layer][chunk.slot]
+            keys[:, chunk.start : end] = key[:, at : at + count]
+            values[:, chunk.start : end] = value[:, at : at + count]
+            k, v = keys[:, :end], values[:, :end]
+            if chunk.prefix is not None:
+                shared = slice(chunk.position - chunk.start)
+                k = torch.cat([self.prefixes.keys[layer][chunk.prefix, :, shared], k], 1)
+                v = torch.cat([self.prefixes.values[layer][chunk.prefix, :, shared], v], 1)
+            outputs.append(causal_sdpa(query[:, at : at + count], k, v, scaling, window))
+            at += count
+        return torch.cat(outputs, 1)
+
+    def _masks(self, window: int | None):
+        """Keys a decoding row does not see: in its slot [R, longest], in its prefix [P, m or 1, longest_prefix]."""
+        if window not in self.hidden:
+            at = torch.arange(self.longest, device=self.lengths.device)
+            own = at >= self.lengths[:, None]
+            prefix = None
+            if window:
+                own |= at < self.lengths[:, None] - window
+            if self.P:
+                at = torch.arange(self.longest_prefix, device=self.lengths.device)
+                prefix = (at >= self.prefix_lengths[:, None])[:, None]
+                if window:
+                    positions = F.pad(self.offsets + self.lengths - 1, (0, 1))[self.members]  # [P, m]
+                    prefix = prefix | (at <= positions[..., None] - window)
+            self.hidden[window] = (own, prefix)
+        return self.hidden[window]
+
+    def _decode(self, layer: int, query, K: int, window: int | None) -> torch.Tensor:
+        """Softmax over [shared prefix | own slot] in two parts, merged by their maxima and sums."""
+        H, R, D = query.shape
+        own, shared = self._masks(window)
+        q = query.transpose(0, 1).reshape(R, K, H // K, D)
+        keys, values = (x[layer][:R, :, : self.longest] for x in (self.rows.keys, self.rows.values))
+        top, total, out = _softmax_part(q, keys, values, own[:, None, None])
+        if self.P:
+            keys, values = (
+                x[layer][: self.P, :, : self.longest_prefix] for x in (self.prefixes.keys, self.prefixes.values)
+            )
+            m = self.members.shape[1]
+            grouped = F.pad(q, (0, 0) * 3 + (0, 1))[self.members].transpose(1, 2).reshape(self.P, K, -1, D)
+            mask = shared[:, None] if shared.shape[1] == 1 else shared.repeat_interleave(H // K, 1)[:, None]
+            part = _softmax_part(grouped, keys, values, mask)
+            ptop, ptotal, pout = (
+                x.reshape(self.P, K, m, H // K, -1).transpose(1, 2).reshape(self.P * m, K, H // K, -1) for x in part
+            )
+            # rows without a prefix take the appended part, whose weight is zero
+            ptop = F.pad(ptop, (0, 0) * 3 + (0, 1), value=HIDDEN)[self.place]
+            ptotal, pout = (F.pad(x, (0, 0) * 3 + (0, 1))[self.place] for x in (ptotal, pout))
+            both = torch.maximum(top, ptop)
+            mine, other = (top - both).exp_(), (ptop - both).exp_()
+            total = total * mine + ptotal * other
+            out = out * mine.to(out.dtype) + pout * other.to(out.dtype)
+        return (out / total.to(out.dtype)).reshape(R, H, D).transpose(0, 1)
+
+
+def _softmax_part(q, keys, values, hidden):
+    """Unnormalised softmax(q keys^T) values, with the maximum and the sum that normalise it: parts can merge."""
+    scores = (q @ keys.transpose(-1, -2)).float().masked_fill_(hidden, HIDDEN)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    return top, weights.sum(-1, keepdim=True), weights.to(values.dtype) @ values
