@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import shutil
 import socket
 import subprocess
@@ -302,8 +303,6 @@ class Canary:
         (self.folder / "socket").chmod(0o777)
         self.abstract.bind("\0" + self.token if sys.platform == "linux" else str(self.folder / "other"))
         self.unix.listen(), self.abstract.listen()
-        for s in (self.tcp, self.udp, self.unix, self.abstract):
-            s.setblocking(False)
         self.before = self.state()
 
     def fill(self, code: str) -> str:
@@ -323,9 +322,7 @@ class Canary:
         if self.state() != self.before or (self.folder / "victim").read_text() != self.token:
             return f"files changed: {self.state()}"
         for name in ("tcp", "udp", "unix", "abstract"):
-            listener = getattr(self, name)
-            with contextlib.suppress(BlockingIOError):
-                listener.recv(10) if name == "udp" else listener.accept()
+            if select.select([getattr(self, name)], [], [], 0)[0]:
                 return f"something came in on {name}"
         return "" if not os.path.exists("/dev/shm/thor-new") else "a file in /dev/shm"
 
@@ -334,6 +331,8 @@ class Canary:
         for s in (self.tcp, self.udp, self.unix, self.abstract):
             s.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.unlink("/dev/shm/thor-new")
 
 
 def server_processes(executor: Executor) -> int:
