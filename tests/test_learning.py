@@ -33,10 +33,10 @@ SETTINGS = Settings(
 )
 
 
-def cold_start(blocks: list[str], answers: list[str]):
+def cold_start(blocks: list[str], answers: list[str], **changes):
     """A model that writes 'a', one of `blocks` and one of `answers`, each as likely as the others."""
     tokenizer = byte_tokenizer((GOOD, BAD, RIGHT, WRONG))
-    model = tiny_llama(tokenizer, initializer_range=0.05)
+    model = tiny_llama(tokenizer, initializer_range=0.05, **changes)
     engine = HFEngine(model, tokenizer)
     rows = []
     for block in blocks:

@@ -78,7 +78,9 @@ def save_policy(model: PreTrainedModel, tokenizer, folder: Path) -> None:
     """Write a plain Hugging Face folder that transformers and vLLM load: whole parameters, no value head."""
     state = get_model_state_dict(model, options=WHOLE)  # all ranks help to gather it
     if rank() == 0:
-        policy = {name: tensor for name, tensor in state.items() if not name.startswith("value_head.")}
+        # named_parameters has tied parameters once, under the name that transformers stores them by
+        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        policy = {name: state[name] for name in state if name in names and not name.startswith("value_head.")}
         model.save_pretrained(folder, state_dict=policy)
         tokenizer.save_pretrained(folder)
 
