@@ -12,6 +12,7 @@ import os
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -102,10 +103,12 @@ def add_value_head(model: PreTrainedModel) -> None:
 
 def checkpoint_gradients(model: PreTrainedModel) -> None:
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, a third more time."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True  # transformers wants that; not layer.train(), which would switch dropout on
+    for layer in decoder_layers(model):  # transformers' own switch works only in training mode, which has dropout
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def sampling_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -135,9 +138,8 @@ def shard(model: PreTrainedModel) -> None:
     mesh = dist.init_device_mesh(kind, (world_size(),))
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     how = {"mesh": mesh, "mp_policy": bf16 if kind == "cuda" else MixedPrecisionPolicy()}
-    for module in list(model.modules()):
-        if isinstance(module, GradientCheckpointingLayer):
-            fully_shard(module, **how)
+    for layer in decoder_layers(model):
+        fully_shard(layer, **how)
     fully_shard(model, **how)
     model.score_pairs = types.MethodType(_score_pairs, model)
     register_fsdp_forward_method(model, "score_pairs")
