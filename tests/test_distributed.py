@@ -65,6 +65,48 @@ def one_rank(work) -> list[dict]:
     return read(work / "rl1")
 
 
+GRADIENTS = """
+import sys, torch
+from conftest import byte_tokenizer, tiny_llama
+from run_rl import Settings, update
+from test_objective import examples
+from thor.attention import use_layout_attention
+from thor.policy import shard
+from thor.ranks import end_ranks, rank, start_ranks
+
+class Gradient(torch.optim.SGD):
+    def step(self):
+        parts = [p.grad for p in self.param_groups[0]["params"]]
+        self.vector = torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).ravel() for g in parts])
+
+start_ranks("cpu", 60.0)
+found = {}
+six = examples()
+for name, batch in {"both": six, "trajectories": six[:3], "one step": six[3:4], "all masked": six[5:]}.items():
+    model = tiny_llama(byte_tokenizer())
+    use_layout_attention(model)
+    shard(model)
+    optimizer = Gradient(model.parameters(), lr=0.0)
+    update(model, optimizer, batch, Settings(clip=1e9, micro_tokens=int(sys.argv[2])))
+    found[name] = optimizer.vector
+if rank() == 0:
+    torch.save(found, sys.argv[1])
+end_ranks()
+"""
+
+
+def test_gradient_does_not_depend_on_the_number_of_ranks(work):
+    """Uneven numbers of tokens; ranks with samples of one level only, with none, and with masked ones."""
+    (work / "gradients.py").write_text(GRADIENTS)
+    for ranks, budget in ((1, 1000), (2, 9), (3, 1000)):
+        done = torchrun(ranks, "gradients.py", f"{ranks}.pt", str(budget), cwd=work)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, *others = (torch.load(work / f"{ranks}.pt") for ranks in (1, 2, 3))
+    for other in others:
+        for name, vector in one.items():
+            assert (vector - other[name]).norm() <= 1e-5 * vector.norm(), name
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_rl_on_many_ranks_gives_the_metrics_of_one(work, one_rank, ranks):
     done = torchrun(ranks, str(ROOT / "run_rl.py"), *RL, "--out", f"rl{ranks}", cwd=work)
@@ -127,6 +169,18 @@ def test_a_failing_rank_ends_all_with_its_message(work):
     done = torchrun(2, "fails.py", *RL, "--out", "fails", cwd=work)
     assert done.returncode != 0 and "rank 1: RuntimeError: the disk of rank one is full" in done.stderr
     assert "rank 0: " not in done.stderr and not (work / "fails/final").exists()
+
+
+def test_a_rank_that_hangs_is_given_up(work):
+    script = "import time, run_rl\nfrom thor.ranks import rank\n"
+    script += "def update(*args, whole=run_rl.update):\n"
+    script += "    if rank() == 1: time.sleep(1000)\n"
+    script += "    return whole(*args)\n"
+    script += "run_rl.update = update\n"
+    script += "run_rl.run_main(run_rl.main, many_ranks=True)\n"
+    (work / "hangs.py").write_text(script)
+    done = torchrun(2, "hangs.py", *RL, "--out", "hangs", "--rank_timeout", "15", cwd=work)
+    assert done.returncode != 0 and "rank 0: RuntimeError" in done.stderr, done.stderr[-3000:]
 
 
 def test_bad_input_is_one_line_for_all_ranks(work):

@@ -18,7 +18,7 @@ import run_sft
 from run_rl import train
 from thor.engine import HFEngine
 from thor.policy import load_policy, restore, save_policy
-from thor.runlog import Run, UserError
+from thor.runlog import Run, UserError, parse_settings
 from thor.trajectory import Problem
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +47,14 @@ def run(tmp_path) -> Run:
     run = Run(str(tmp_path / "run"), SETTINGS, resume=False)
     run.start()
     return run
+
+
+def test_the_settings_of_the_papers_runs_parse():
+    for name, tokens in (("paper-7b.yaml", 3200), ("paper-8b.yaml", 19200)):
+        settings = parse_settings(run_rl.Settings, "", ["--config", str(ROOT / "docs" / name)])
+        assert (settings.prompts, settings.group, settings.lr, settings.temperature) == (128, 16, 1e-6, 1.0)
+        assert (settings.max_tokens, settings.max_rounds, settings.suffix_tokens) == (tokens, 5, 100)
+        assert settings.gradient_checkpointing and settings.tree and settings.estimator == "grpo"
 
 
 # ---- guards ---------------------------------------------------------------------------------------------------------
