@@ -9,7 +9,20 @@ import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from thor.engine import Completion, Request
 from thor.executor import Executor
@@ -37,9 +50,8 @@ def byte_tokenizer(words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_llama(tokenizer, seed: int = 0, **changes) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    settings = dict(
+def tiny_settings(tokenizer) -> dict:
+    return dict(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -54,7 +66,38 @@ def tiny_llama(tokenizer, seed: int = 0, **changes) -> LlamaForCausalLM:
         bos_token_id=None,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+def tiny_llama(tokenizer, seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**tiny_settings(tokenizer) | changes)).eval()
+
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mistral")
+
+
+def tiny_model(family: str, tokenizer, seed: int = 0, **changes) -> PreTrainedModel:
+    """Two layers of another layout; gemma3 and mistral with a window of 16 tokens (gemma3: in its first layer)."""
+    if family == "llama":
+        return tiny_llama(tokenizer, seed, **changes)
+    more = {
+        "qwen2": {},
+        "qwen3": {},
+        "gemma3": {
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 8,
+        },
+        "mistral": {"sliding_window": 16},
+    }[family]
+    config_class, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }[family]
+    torch.manual_seed(seed)
+    return model_class(config_class(**tiny_settings(tokenizer) | more | changes)).eval()
 
 
 @pytest.fixture(scope="session")

@@ -16,22 +16,36 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")  # would change the scores in ways not done here
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # would change the scores in ways not done here
 
 
 def use_layout_attention(model: PreTrainedModel) -> None:
     """Switch `model` to the attention of this module; from then on it wants `layout=` in every forward.
 
-    Raises ValueError for a model that would be computed wrongly: other than full attention, or scaled or capped logits.
+    Raises ValueError for a model that would be computed wrongly: one with layers other than full or sliding attention,
+    or whose logits on a short text are not those of its own forward pass (scaled or capped ones, for instance).
     """
-    config = model.config.get_text_config()
-    others = {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}
-    for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1.0):
-            others.add(name)
-    if others:
-        raise ValueError(f"{type(model).__name__} is not supported, it has {', '.join(sorted(others))}")
-    model.set_attn_implementation("thor")
+    config, name = model.config.get_text_config(), type(model).__name__
+    if config._attn_implementation == "thor":
+        return
+    layers, known = config.num_hidden_layers, {"full_attention", "sliding_attention"}
+    if others := sorted(set(getattr(config, "layer_types", None) or []) - known):
+        raise ValueError(f"{name} is not supported, it has {', '.join(others)}")
+    ids = [i % config.vocab_size for i in range(1, 49)]
+    probe, inputs, training = _Probe([ids]), torch.tensor([ids], device=model.device), model.training
+    try:
+        with torch.inference_mode():
+            expected = model.eval()(inputs, use_cache=False).logits[0]
+            model.set_attn_implementation("thor")
+            hidden = model.base_model(inputs, use_cache=False, layout=probe).last_hidden_state[0]
+            difference = (model.get_output_embeddings()(hidden) - expected).abs().max().item()
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is not supported: {error}") from error
+    model.train(training)
+    if probe.layers != set(range(layers)):
+        raise ValueError(f"{name} is not supported: only {len(probe.layers)} of its {layers} layers are attention")
+    if not difference <= max(1e-3, 8 * torch.finfo(model.dtype).eps) * expected.abs().max().item():
+        raise ValueError(f"{name} is not supported: its logits would be off by {difference:.2g}")
 
 
 def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, layout=None, **kwargs):
@@ -41,21 +55,28 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, lay
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} uses {name}, which thor.attention does not implement")
-    out = layout.attend(module.layer_idx, query[0], key[0], value[0], scaling)
+    out = layout.attend(module.layer_idx, query[0], key[0], value[0], scaling, kwargs.get("sliding_window"))
     return out.transpose(0, 1).unsqueeze(0), None
 
 
 AttentionInterface.register("thor", _attend)
 
 
-def causal_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Causal attention of the last t of n positions: query [H, t, D], key and value [K, n, D] -> [H, t, D]."""
+def causal_sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None = None
+) -> torch.Tensor:
+    """Causal attention of the last t of n positions: query [H, t, D], key and value [K, n, D] -> [H, t, D].
+
+    window: a position sees itself and the window - 1 before it (None: all before it).
+    """
     t, n = query.shape[1], key.shape[1]
     mask = None
-    if 1 < t < n:
+    if window and n > window:
+        mask = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t).triu(n - t - window + 1)
+    elif 1 < t < n:
         mask = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t)
     return F.scaled_dot_product_attention(
-        query[None], key[None], value[None], mask, is_causal=1 < t == n, scale=scaling, enable_gqa=True
+        query[None], key[None], value[None], mask, is_causal=mask is None and t > 1, scale=scaling, enable_gqa=True
     )[0]
 
 
@@ -114,15 +135,27 @@ class Tree:
             self._branch(same, stop, segment)
             members = members[len(same) :]
 
-    def attend(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
+    def attend(self, layer: int, query, key, value, scaling: float, window: int | None) -> torch.Tensor:
         """query [H, T, D], key and value [K, T, D] -> [H, T, D]; see the class for who sees whom."""
         outputs = []
         for segment in self.segments:
             lineage = segment.lineage()
             keys = torch.cat([key[:, s.start : s.end] for s in lineage], 1)
             values = torch.cat([value[:, s.start : s.end] for s in lineage], 1)
-            outputs.append(causal_sdpa(query[:, segment.start : segment.end], keys, values, scaling))
+            outputs.append(causal_sdpa(query[:, segment.start : segment.end], keys, values, scaling, window))
         return torch.cat(outputs, 1)
+
+
+class _Probe(Tree):
+    """Notes which layers ask it."""
+
+    def __init__(self, sequences: list[list[int]]) -> None:
+        super().__init__(sequences)
+        self.layers: set[int] = set()
+
+    def attend(self, layer: int, *args) -> torch.Tensor:
+        self.layers.add(layer)
+        return super().attend(layer, *args)
 
 
 def common_prefix(a: list[int], b: list[int], start: int = 0) -> int:

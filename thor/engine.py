@@ -10,12 +10,14 @@ Shapes: R rows that sample, T tokens of one forward pass, V vocabulary, H/K/D qu
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from thor.attention import causal_sdpa, use_layout_attention
@@ -70,19 +72,60 @@ class Engine(Protocol):
         """Take new weights and forget every cached prefix."""
 
 
+class _Store:
+    """Keys and values of sequences in slots: per layer `keys[layer]` and `values[layer]`, each [slots, K, capacity, D].
+
+    Written in place. Zeros, not garbage, beyond what is written: a masked weight of 0 times a NaN would be NaN.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        self.layers = config.num_hidden_layers
+        self.key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.dtype, self.device = model.dtype, model.device
+        self.bytes_per_token = 2 * self.layers * self.key_heads * self.head_dim * self.dtype.itemsize
+        self.clear()
+
+    def clear(self) -> None:
+        self.slots = self.capacity = 0
+        self.keys, self.values = ([self._zeros(0, 0) for _ in range(self.layers)] for _ in "kv")
+
+    def _zeros(self, slots: int, capacity: int) -> torch.Tensor:
+        return torch.zeros(slots, self.key_heads, capacity, self.head_dim, dtype=self.dtype, device=self.device)
+
+    def resize(self, slots: int, capacity: int, keep: list[int]) -> None:
+        """Other sizes; the contents of the slots `keep` become those of the first slots."""
+        length = min(capacity, self.capacity)
+        for tensors in (self.keys, self.values):
+            for layer in range(self.layers):  # one at a time: old and new of all layers might not fit
+                new = self._zeros(slots, capacity)
+                if keep:
+                    new[: len(keep), :, :length] = tensors[layer][keep, :, :length]
+                tensors[layer] = new
+        self.slots, self.capacity = slots, capacity
+
+    def swap(self, i: int, j: int, length: int) -> None:
+        for tensor in (*self.keys, *self.values):
+            tensor[[i, j], :, :length] = tensor[[j, i], :, :length]
+
+
 @dataclass(eq=False)
 class _Prefix:
-    """A shared prefix in the cache: per layer keys and values [K, L, D]."""
+    """Leading tokens that several requests share, in one slot of their own store."""
 
     token_ids: tuple[int, ...]
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    cached: int = 0
     used: int = 0  # step of the last use
+
+    @property
+    def pending(self) -> int:
+        return len(self.token_ids) - self.cached
 
 
 @dataclass(eq=False)
 class _Row:
-    """A request in one row of the cache. Its first len(prefix) tokens are cached there, then `cached` in the row."""
+    """A request in one slot: the keys and values of its first tokens are those of `prefix`, `cached` more are there."""
 
     request: Request
     prefix: _Prefix | None
@@ -92,7 +135,7 @@ class _Row:
     logps: list[float] = field(default_factory=list)
     text: TextStream | None = None
     running: bool = True
-    used: int = 0
+    used: int = 0  # step of the last use
 
     @property
     def offset(self) -> int:
@@ -103,264 +146,348 @@ class _Row:
         """Tokens whose keys and values are not cached yet."""
         return len(self.token_ids) - self.offset - self.cached
 
+    @property
+    def ready(self) -> bool:
+        return self.running and not (self.prefix and self.prefix.pending)
+
+
+@dataclass
+class _Chunk:
+    """Pending tokens of one sequence, computed in one forward pass; their keys and values go to store[slot][start:]."""
+
+    token_ids: list[int]
+    position: int  # of the first of them in the whole text
+    store: _Store
+    slot: int
+    start: int
+    prefix: int | None  # the slot in the store of prefixes that they also see
+    row: _Row | None = None  # sampled from after this chunk
+
 
 class _CacheLayout:
-    """Who sees what in one forward pass over [decoding rows, one token each | prefills, several tokens each].
+    """Who sees what in one forward pass over [decoding rows 0..R-1, one token each | chunks, several tokens each].
 
-    decoding: rows 0..R-1 of the cache. prefills: (keys, values, start, count, prefix): per layer the target tensors
-    [K, L, D], where in them the new tokens go, how many they are, and the shared prefix that they also see.
+    A decoding row sees its prefix and its own slot. Both parts are computed for all rows at once: P prefixes in use,
+    each with at most m rows, so that what a group shares is read once.
     """
 
-    def __init__(self, keys, values, decoding: list[_Row], prefills: list[tuple], device) -> None:
-        self.keys, self.values, self.prefills = keys, values, prefills
+    def __init__(self, rows: _Store, prefixes: _Store, decoding: list[_Row], shared: list, chunks) -> None:
+        self.rows, self.prefixes, self.chunks, device = rows, prefixes, chunks, rows.device
         self.R = len(decoding)
         self.lengths = torch.tensor([row.cached + 1 for row in decoding], device=device)
+        self.row_index = torch.arange(self.R, device=device)
         self.longest = max((row.cached + 1 for row in decoding), default=0)
-        self.hidden = torch.arange(self.longest, device=device) >= self.lengths[:, None]  # [R, L]
-        self.rows = torch.arange(self.R, device=device)
-        groups: dict[int, tuple[_Prefix, list[int]]] = {}
+        self.P, self.longest_prefix = 0, 0
+        members: list[list[int]] = [[] for _ in shared]
+        slot_of = {id(prefix): slot for slot, prefix in enumerate(shared) if prefix}
         for i, row in enumerate(decoding):
             if row.prefix:
-                groups.setdefault(id(row.prefix), (row.prefix, []))[1].append(i)
-        self.groups = [(prefix, torch.tensor(rows, device=device)) for prefix, rows in groups.values()]
+                members[slot_of[id(row.prefix)]].append(i)
+        members = members[: max((p + 1 for p, rows_ in enumerate(members) if rows_), default=0)]
+        if members:
+            self.P, m = len(members), max(map(len, members))
+            self.longest_prefix = max(len(prefix.token_ids) for prefix in shared[: self.P])
+            # members [P, m]: a row, or R where there is none; place [R]: where each row stands in there, or P * m
+            self.members = torch.tensor([rows_ + [self.R] * (m - len(rows_)) for rows_ in members], device=device)
+            place = [self.P * m] * self.R
+            for p, rows_ in enumerate(members):
+                for j, i in enumerate(rows_):
+                    place[i] = p * m + j
+            self.place = torch.tensor(place, device=device)
+            self.prefix_lengths = torch.tensor([len(prefix.token_ids) for prefix in shared[: self.P]], device=device)
+            self.offsets = torch.tensor([row.offset for row in decoding], device=device)
+        self.hidden: dict[int | None, tuple] = {}  # window -> masks of keys that are not seen
 
-    def attend(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
+    def attend(self, layer: int, query, key, value, scaling: float, window: int | None) -> torch.Tensor:
         """query [H, T, D], key and value [K, T, D] of the new tokens -> [H, T, D]."""
         outputs = []
         if self.R:
-            self.keys[layer][self.rows, :, self.lengths - 1] = key[:, : self.R].transpose(0, 1)
-            self.values[layer][self.rows, :, self.lengths - 1] = value[:, : self.R].transpose(0, 1)
-            outputs.append(self._decode(layer, query[:, : self.R] * scaling, key.shape[0]))
+            self.rows.keys[layer][self.row_index, :, self.lengths - 1] = key[:, : self.R].transpose(0, 1)
+            self.rows.values[layer][self.row_index, :, self.lengths - 1] = value[:, : self.R].transpose(0, 1)
+            outputs.append(self._decode(layer, query[:, : self.R] * scaling, key.shape[0], window))
         at = self.R
-        for keys, values, start, count, prefix in self.prefills:
-            keys[layer][:, start : start + count] = key[:, at : at + count]
-            values[layer][:, start : start + count] = value[:, at : at + count]
-            k, v = keys[layer][:, : start + count], values[layer][:, : start + count]
-            if prefix:
-                k, v = torch.cat([prefix.keys[layer], k], 1), torch.cat([prefix.values[layer], v], 1)
-            outputs.append(causal_sdpa(query[:, at : at + count], k, v, scaling))
+        for chunk in self.chunks:
+            count, end = len(chunk.token_ids), chunk.start + len(chunk.token_ids)
+            keys, values = chunk.store.keys[layer][chunk.slot], chunk.store.values[layer][chunk.slot]
+            keys[:, chunk.start : end] = key[:, at : at + count]
+            values[:, chunk.start : end] = value[:, at : at + count]
+            k, v = keys[:, :end], values[:, :end]
+            if chunk.prefix is not None:
+                shared = slice(chunk.position - chunk.start)
+                k = torch.cat([self.prefixes.keys[layer][chunk.prefix, :, shared], k], 1)
+                v = torch.cat([self.prefixes.values[layer][chunk.prefix, :, shared], v], 1)
+            outputs.append(causal_sdpa(query[:, at : at + count], k, v, scaling, window))
             at += count
         return torch.cat(outputs, 1)
 
-    def _decode(self, layer: int, query, K: int) -> torch.Tensor:
-        """Softmax over [shared prefix | own row] in two parts, merged by their maxima and sums."""
+    def _masks(self, window: int | None):
+        """Keys a decoding row does not see: in its slot [R, longest], in its prefix [P, m or 1, longest_prefix]."""
+        if window not in self.hidden:
+            at = torch.arange(self.longest, device=self.lengths.device)
+            own = at >= self.lengths[:, None]
+            prefix = None
+            if window:
+                own |= at < self.lengths[:, None] - window
+            if self.P:
+                at = torch.arange(self.longest_prefix, device=self.lengths.device)
+                prefix = (at >= self.prefix_lengths[:, None])[:, None]
+                if window:
+                    positions = F.pad(self.offsets + self.lengths - 1, (0, 1))[self.members]  # [P, m]
+                    prefix = prefix | (at <= positions[..., None] - window)
+            self.hidden[window] = (own, prefix)
+        return self.hidden[window]
+
+    def _decode(self, layer: int, query, K: int, window: int | None) -> torch.Tensor:
+        """Softmax over [shared prefix | own slot] in two parts, merged by their maxima and sums."""
         H, R, D = query.shape
+        own, shared = self._masks(window)
         q = query.transpose(0, 1).reshape(R, K, H // K, D)
-        k, v = self.keys[layer][:R, :, : self.longest], self.values[layer][:R, :, : self.longest]
-        scores = (q @ k.transpose(-1, -2)).float().masked_fill_(self.hidden[:, None, None], float("-inf"))
-        top, total, out = _softmax_part(scores, v)
-        for prefix, rows in self.groups:
-            shared = q[rows].permute(1, 0, 2, 3).reshape(K, -1, D)  # [K, rows * H/K, D]
-            part = _softmax_part((shared @ prefix.keys[layer].transpose(-1, -2)).float(), prefix.values[layer])
-            ptop, ptotal, pout = (x.reshape(K, len(rows), H // K, -1).transpose(0, 1) for x in part)
-            both = torch.maximum(top[rows], ptop)
-            own, other = (top[rows] - both).exp(), (ptop - both).exp()
-            total[rows] = total[rows] * own + ptotal * other
-            out[rows] = out[rows] * own.to(out.dtype) + pout * other.to(out.dtype)
+        keys, values = (x[layer][:R, :, : self.longest] for x in (self.rows.keys, self.rows.values))
+        top, total, out = _softmax_part(q, keys, values, own[:, None, None])
+        if self.P:
+            keys, values = (
+                x[layer][: self.P, :, : self.longest_prefix] for x in (self.prefixes.keys, self.prefixes.values)
+            )
+            m = self.members.shape[1]
+            grouped = F.pad(q, (0, 0) * 3 + (0, 1))[self.members].transpose(1, 2).reshape(self.P, K, -1, D)
+            mask = shared[:, None] if shared.shape[1] == 1 else shared.repeat_interleave(H // K, 1)[:, None]
+            part = _softmax_part(grouped, keys, values, mask)
+            ptop, ptotal, pout = (
+                x.reshape(self.P, K, m, H // K, -1).transpose(1, 2).reshape(self.P * m, K, H // K, -1) for x in part
+            )
+            # rows without a prefix take the appended part, whose weight is zero
+            ptop = F.pad(ptop, (0, 0) * 3 + (0, 1), value=HIDDEN)[self.place]
+            ptotal, pout = (F.pad(x, (0, 0) * 3 + (0, 1))[self.place] for x in (ptotal, pout))
+            both = torch.maximum(top, ptop)
+            mine, other = (top - both).exp_(), (ptop - both).exp_()
+            total = total * mine + ptotal * other
+            out = out * mine.to(out.dtype) + pout * other.to(out.dtype)
         return (out / total.to(out.dtype)).reshape(R, H, D).transpose(0, 1)
 
 
-def _softmax_part(scores, v):
-    """Unnormalised softmax(scores) @ v with the maximum and the sum that normalise it, so that parts can be merged."""
+HIDDEN = -1e30  # score of a key that is not seen; finite, since a part may consist of nothing else
+
+
+def _softmax_part(q, keys, values, hidden):
+    """Unnormalised softmax(q keys^T) values, with the maximum and the sum that normalise it: parts can merge."""
+    scores = (q @ keys.transpose(-1, -2)).float().masked_fill_(hidden, HIDDEN)
     top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp_()
-    return top, weights.sum(-1, keepdim=True), weights.to(v.dtype) @ v
+    weights = scores.sub_(top).exp_()
+    return top, weights.sum(-1, keepdim=True), weights.to(values.dtype) @ values
 
 
 class HFEngine:
     """Samples from a transformers model in this process; in training it shares the trainer's weights.
 
-    max_rows: requests that sample at once, more wait in a queue. The cache takes max_rows * longest request tokens.
-    prefill_tokens: how many prompt tokens one step computes at most beside the decoding ones.
+    max_rows: requests that sample at once. prefill_tokens: prompt tokens that one step computes at most, beside the
+    decoding rows. kv_tokens: tokens of keys and values kept at once, idle and shared ones included (default: half of
+    the memory that is free now); requests for which there is no room wait in a queue.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer, max_rows: int = 64, prefill_tokens: int = 2048) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer,
+        max_rows: int = 64,
+        prefill_tokens: int = 2048,
+        kv_tokens: int | None = None,
+    ) -> None:
         use_layout_attention(model)
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
-        config = model.config.get_text_config()
-        self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
-        self.layers = config.num_hidden_layers
-        self.key_heads = config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.queue: deque[Request] = deque()
-        self.rows: list[_Row | None] = [None] * max_rows
-        self.prefixes: dict[tuple[int, ...], _Prefix] = {}
-        self.keys = self.values = [self._empty(max_rows, 0) for _ in range(self.layers)]
-        self.clock = 0
+        self.row_store, self.prefix_store = _Store(model), _Store(model)
+        if kv_tokens is None:
+            cuda = model.device.type == "cuda"
+            free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
+            kv_tokens = free // 2 // self.row_store.bytes_per_token
+        self.prefix_tokens = kv_tokens // 4
+        self.row_tokens = kv_tokens - self.prefix_tokens
+        self._forget()
 
     # ---- the contract ----
 
     def add(self, request: Request) -> None:
-        if not request.token_ids:
+        length = len(request.token_ids)
+        if not length:
             raise ValueError(f"request {request.id} has no tokens")
-        if len(request.token_ids) >= self.context:
+        if length >= self.context:
+            raise ValueError(f"request {request.id} has {length} tokens, the model takes {self.context}")
+        if length + self._room(request) > self.row_tokens:
             raise ValueError(
-                f"request {request.id} has {len(request.token_ids)} tokens, the model takes {self.context}"
+                f"request {request.id} may grow to {length + self._room(request)} tokens, "
+                f"there is room for {self.row_tokens} (kv_tokens)"
             )
+        if request.shared:
+            self.sharers.setdefault(hash(_shared(request)), set()).add(request.id)
         self.queue.append(request)
 
     def has_work(self) -> bool:
         return bool(self.queue) or any(row and row.running for row in self.rows)
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+        assert not self.has_work(), "weights changed while requests were being sampled"
         own = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, parameter in named_parameters:
                 if own[name].data_ptr() != parameter.data_ptr():
                     own[name].copy_(parameter)
-        self.prefixes.clear()
-        self.rows = [row if row and row.running else None for row in self.rows]
-        assert not any(self.rows), "weights changed while requests were being sampled"
+        self._forget()
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         self.clock += 1
         self._admit()
-        self._compact()
-        running = [row for row in self.rows if row and row.running]
-        decoding = [row for row in running if row.pending == 1]
-        batch, prefills, budget = list(decoding), [], self.prefill_tokens
-        for i, row in enumerate(self.rows):
-            if row and row.running and row.pending > 1 and (budget >= row.pending or not prefills):
-                prefills.append(self._prefill_into_row(i))
-                batch.append(row)
-                budget -= row.pending
+        _compact(self.rows, self.row_store, lambda row: row.ready and row.pending == 1, lambda row: row.cached)
+        decoding = [row for row in self.rows if row and row.ready and row.pending == 1]
+        in_use = {id(row.prefix) for row in decoding}
+        _compact(self.prefixes, self.prefix_store, lambda p: id(p) in in_use, lambda p: p.cached)
+        chunks = self._chunks()
+        if not decoding and not chunks:
+            return []
+        R, ids, positions = len(decoding), [], []
+        for row in decoding:
+            ids.append(row.token_ids[-1])
+            positions.append(len(row.token_ids) - 1)
+        batch, last = list(decoding), list(range(R))
+        for chunk in chunks:
+            ids += chunk.token_ids
+            positions += range(chunk.position, chunk.position + len(chunk.token_ids))
+            if chunk.row:
+                batch.append(chunk.row)
+                last.append(len(ids) - 1)
+        device = self.model.device
+        hidden = self.model.base_model(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            layout=_CacheLayout(self.row_store, self.prefix_store, decoding, self.prefixes, chunks),
+        ).last_hidden_state[0]
+        for row in decoding:
+            row.cached, row.used = row.cached + 1, self.clock
         if not batch:
             return []
-        hidden = self._forward(batch, [row.token_ids[-row.pending :] for row in batch], decoding, prefills)
-        for row in batch:
-            row.cached += row.pending
-            row.used = self.clock
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = self.model.get_output_embeddings()(hidden[torch.tensor(last, device=device)])
         return self._sample(batch, logits)
 
     # ---- rows and prefixes ----
 
-    def _empty(self, rows: int, capacity: int) -> torch.Tensor:
-        # zeros, not garbage: a masked weight of 0 times a NaN would be NaN
-        shape = (rows, self.key_heads, capacity, self.head_dim)
-        return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
-
-    def _admit(self) -> None:
-        """Give waiting requests a row: their own from before, a free one, or the one that has idled longest."""
-        fresh: list[_Prefix] = []
-        waiting = {request.id for request in self.queue}
-        while self.queue:
-            request = self.queue[0]
-            mine = [i for i, row in enumerate(self.rows) if row and row.request.id == request.id and not row.running]
-            idle = [i for i, row in enumerate(self.rows) if row is None or not row.running]
-            if not (mine or idle):
-                break
-
-            def cost(i: int) -> tuple:  # free rows first, then the longest idle that nobody in the queue asks for
-                row = self.rows[i]
-                return (row is not None, row is not None and row.request.id in waiting, row.used if row else 0)
-
-            at = mine[0] if mine else min(idle, key=cost)
-            self.queue.popleft()
-            old = self.rows[at] if mine else None
-            prefix, cached = None, 0
-            ids = request.token_ids
-            if (
-                old
-                and tuple(ids[: old.offset]) == (old.prefix.token_ids if old.prefix else ())
-                and len(ids) > old.offset
-            ):
-                prefix, kept = old.prefix, old.token_ids[: old.offset + old.cached]
-                while (
-                    old.offset + cached < min(len(kept), len(ids) - 1)
-                    and kept[old.offset + cached] == ids[old.offset + cached]
-                ):
-                    cached += 1
-            elif shared := min(request.shared, len(ids) - 1):
-                prefix = self.prefixes.get(tuple(ids[:shared]))
-                if prefix is None:
-                    fresh.append(prefix := self._new_prefix(tuple(ids[:shared])))
-            if prefix:
-                prefix.used = self.clock
-            row = _Row(request, prefix, list(ids), cached, text=TextStream(self.tokenizer), used=self.clock)
-            self.rows[at] = row
-            self._grow(len(ids) - row.offset + self._room(request))
-        while fresh:  # in parts of at most prefill_tokens
-            part = [fresh.pop(0)]
-            while fresh and sum(len(p.token_ids) for p in part) + len(fresh[0].token_ids) <= self.prefill_tokens:
-                part.append(fresh.pop(0))
-            self._forward(
-                [], [list(p.token_ids) for p in part], [], [(p.keys, p.values, 0, len(p.token_ids), None) for p in part]
-            )
+    def _forget(self) -> None:
+        self.rows: list[_Row | None] = []
+        self.prefixes: list[_Prefix | None] = []
+        self.sharers: dict[int, set[str]] = {}  # hash of a prefix -> the requests that begin with it
+        self.row_store.clear()
+        self.prefix_store.clear()
+        self.clock = 0
 
     def _room(self, request: Request) -> int:
         """How many tokens this request may still sample."""
         return min(request.max_tokens, self.context - len(request.token_ids))
 
-    def _new_prefix(self, token_ids: tuple[int, ...]) -> _Prefix:
-        """Room for a shared prefix; those that no row uses any more make way when there are more than rows."""
-        in_use = {id(row.prefix) for row in self.rows if row and row.prefix}
-        old = [p for p in self.prefixes.values() if id(p) not in in_use and p.used < self.clock]
-        for prefix in sorted(old, key=lambda p: p.used)[: max(0, len(self.prefixes) - self.max_rows)]:
-            del self.prefixes[prefix.token_ids]
-        shape = (2, self.layers, self.key_heads, len(token_ids), self.head_dim)
-        both = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
-        self.prefixes[token_ids] = _Prefix(token_ids, list(both[0]), list(both[1]))
-        return self.prefixes[token_ids]
-
-    def _grow(self, length: int) -> None:
-        """Make every row long enough for `length` tokens."""
-        capacity = self.keys[0].shape[2]
-        if length <= capacity:
-            return
-        longer = max(-(-length // 64) * 64, capacity * 3 // 2)
-        for name in ("keys", "values"):
-            grown = []
-            for old in getattr(self, name):
-                new = self._empty(self.max_rows, longer)
-                new[:, :, :capacity] = old
-                grown.append(new)
-            setattr(self, name, grown)
-
-    def _compact(self) -> None:
-        """Move the decoding rows to the front of the cache, so that attention reads one view and no idle row."""
-        decoding = [bool(row and row.running and row.pending == 1) for row in self.rows]
-        i, j = 0, len(self.rows) - 1
-        while True:
-            while i < j and decoding[i]:
-                i += 1
-            while i < j and not decoding[j]:
-                j -= 1
-            if i >= j:
+    def _admit(self) -> None:
+        """Give waiting requests a row: their own from before, a free one, or the one that has idled longest."""
+        wanted = {request.id for request in self.queue}
+        while self.queue:
+            request, ids = self.queue[0], self.queue[0].token_ids
+            mine = next((r for r in self.rows if r and r.request.id == request.id and not r.running), None)
+            if mine and (len(ids) <= mine.offset or ids[: mine.offset] != mine.token_ids[: mine.offset]):
+                mine = None
+            prefix = mine.prefix if mine else self._prefix(request)
+            offset = len(prefix.token_ids) if prefix else 0
+            if not self._reserve(len(ids) - offset + self._room(request)):
                 return
-            for tensors in (self.keys, self.values):
-                for tensor in tensors:
-                    length = max(row.cached for row in (self.rows[i], self.rows[j]) if row)
-                    tensor[[i, j], :, :length] = tensor[[j, i], :, :length]
-            self.rows[i], self.rows[j] = self.rows[j], self.rows[i]
-            decoding[i], decoding[j] = True, False
+            free = [i for i, row in enumerate(self.rows) if row is None or not row.running]
+            if not free:
+                return
 
-    def _prefill_into_row(self, i: int) -> tuple:
-        row = self.rows[i]
-        return [k[i] for k in self.keys], [v[i] for v in self.values], row.cached, row.pending, row.prefix
+            def cost(i: int, own: _Row | None = mine) -> tuple:  # that nobody in the queue asks for, the longest idle
+                row = self.rows[i]
+                if row is None or row is own:
+                    return (row is None, False, 0)
+                return (True, row.request.id in wanted, row.used + 1)
 
-    # ---- computing ----
+            at = min(free, key=cost)
+            cached = 0
+            if mine and self.rows[at] is mine:
+                kept = mine.token_ids[offset : offset + mine.cached]
+                cached = next(
+                    (i for i, (x, y) in enumerate(zip(kept, ids[offset:-1], strict=False)) if x != y),
+                    min(len(kept), len(ids) - 1 - offset),
+                )
+            if prefix:
+                prefix.used = self.clock
+            self.rows[at] = _Row(request, prefix, list(ids), cached, text=TextStream(self.tokenizer), used=self.clock)
+            self.queue.popleft()
 
-    def _forward(self, rows: list[_Row], tokens: list[list[int]], decoding: list[_Row], prefills: list[tuple]):
-        """Run the model over the pending tokens, all in one row; hidden state of the last token of each [R, hidden].
+    def _reserve(self, length: int) -> bool:
+        """Make the rows long enough, as many as then fit; False while too many are in use for that."""
+        if length <= self.row_store.capacity:
+            return True
+        capacity = min(max(_rounded(length), self.row_store.capacity * 3 // 2), self.row_tokens)
+        slots = min(self.max_rows, self.row_tokens // capacity)
+        running = [i for i, row in enumerate(self.rows) if row and row.running]
+        if len(running) >= slots:
+            return False
+        idle = [i for i, row in enumerate(self.rows) if row and not row.running]
+        keep = (running + sorted(idle, key=lambda i: -self.rows[i].used))[:slots]
+        self.row_store.resize(slots, capacity, keep)
+        self.rows = [self.rows[i] for i in keep] + [None] * (slots - len(keep))
+        return True
 
-        `rows` is empty when shared prefixes are computed: those begin at position 0 and nothing is sampled from them.
-        """
-        device = self.model.device
-        starts = [len(row.token_ids) - row.pending for row in rows] or [0] * len(tokens)
-        positions = [p for start, ids in zip(starts, tokens, strict=True) for p in range(start, start + len(ids))]
-        layout = _CacheLayout(self.keys, self.values, decoding, prefills, device)
-        hidden = self.model.base_model(
-            input_ids=torch.tensor([[t for ids in tokens for t in ids]], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            layout=layout,
-        ).last_hidden_state[0]
-        return hidden[torch.tensor([len(ids) for ids in tokens], device=device).cumsum(0) - 1]
+    def _prefix(self, request: Request) -> _Prefix | None:
+        """The stored prefix that this request shares with others; None where it is alone, or where there is no room."""
+        ids = _shared(request)
+        for prefix in self.prefixes:
+            if prefix and prefix.token_ids == ids:
+                return prefix
+        if not ids or len(self.sharers[hash(ids)]) < 2 or len(ids) > self.prefix_tokens:
+            return None
+        in_use = {id(row.prefix) for row in self.rows if row}
+        used = [i for i, prefix in enumerate(self.prefixes) if prefix and id(prefix) in in_use]
+        if len(ids) > self.prefix_store.capacity:
+            capacity = min(_rounded(len(ids)), self.prefix_tokens)
+            slots = min(self.max_rows, self.prefix_tokens // capacity)
+            if len(used) >= slots:
+                return None
+            self.prefix_store.resize(slots, capacity, used)
+            self.prefixes = [self.prefixes[i] for i in used] + [None] * (slots - len(used))
+            used = list(range(len(used)))
+        free = [i for i in range(len(self.prefixes)) if i not in used]
+        if not free:
+            return None
+        at = min(free, key=lambda i: self.prefixes[i].used + 1 if self.prefixes[i] else 0)
+        self.prefixes[at] = _Prefix(ids)
+        return self.prefixes[at]
+
+    def _chunks(self) -> list[_Chunk]:
+        """What this step computes of prompts and observations, at most `prefill_tokens`; shared prefixes come first."""
+        chunks, budget = [], self.prefill_tokens
+        slot_of = {id(prefix): slot for slot, prefix in enumerate(self.prefixes)}
+        for slot, prefix in enumerate(self.prefixes):
+            if prefix and prefix.pending and budget:
+                start, count = prefix.cached, min(prefix.pending, budget)
+                ids = list(prefix.token_ids[start : start + count])
+                chunks.append(_Chunk(ids, start, self.prefix_store, slot, start, None))
+                prefix.cached += count
+                budget -= count
+        fresh = {chunk.slot for chunk in chunks}  # rows that see these start with the next step
+        for slot, row in enumerate(self.rows):
+            if row and row.ready and row.pending > 1 and budget:
+                shared = slot_of[id(row.prefix)] if row.prefix else None
+                if shared in fresh:
+                    continue
+                start, count = row.offset + row.cached, min(row.pending, budget)
+                chunk = _Chunk(row.token_ids[start : start + count], start, self.row_store, slot, row.cached, shared)
+                chunk.row = row if count == row.pending else None
+                chunks.append(chunk)
+                row.cached, row.used = row.cached + count, self.clock
+                budget -= count
+        return chunks
+
+    # ---- sampling ----
 
     def _sample(self, batch: list[_Row], logits: torch.Tensor) -> list[Completion]:
         requests = [row.request for row in batch]
@@ -373,7 +500,9 @@ class HFEngine:
             torch.from_numpy(uniforms).to(logits.device),
         )
         finished = []
-        for row, token, logp in zip(batch, token_ids.tolist(), logps.tolist(), strict=True):
+        # both in one transfer: reading from a GPU waits for it
+        for row, token, logp in zip(batch, *torch.stack([token_ids.double(), logps.double()]).tolist(), strict=True):
+            token = int(token)
             row.token_ids.append(token)
             row.sampled.append(token)
             row.logps.append(logp)
@@ -388,6 +517,30 @@ class HFEngine:
                 row.running = False
                 finished.append(Completion(row.request.id, row.sampled, row.logps, finish))
         return finished
+
+
+def _shared(request: Request) -> tuple[int, ...]:
+    return tuple(request.token_ids[: min(request.shared, len(request.token_ids) - 1)])
+
+
+def _rounded(length: int) -> int:
+    return -(-length // 64) * 64
+
+
+def _compact(items: list, store: _Store, wanted: Callable[[Any], bool], length: Callable[[Any], int]) -> None:
+    """Move the wanted items to the first slots, so that attention reads one view of them and no other."""
+    front = [bool(item and wanted(item)) for item in items]
+    i, j = 0, len(items) - 1
+    while True:
+        while i < j and front[i]:
+            i += 1
+        while i < j and not front[j]:
+            j -= 1
+        if i >= j:
+            return
+        store.swap(i, j, max(length(item) for item in (items[i], items[j]) if item))
+        items[i], items[j] = items[j], items[i]
+        front[i], front[j] = True, False
 
 
 def uniform(seeds: list[int], counts: list[int]) -> np.ndarray:

@@ -340,9 +340,10 @@ class Executor:
         env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "MALLOC_ARENA_MAX": "1"}
         env |= {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")}
         env |= {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")}
-        server = str(Path(__file__).with_name("zygote.py"))
+        package = str(Path(__file__).parents[1])  # on the path for this one import: its modules are not for snippets
+        server = f"import sys; sys.path[0] = {package!r}; from thor import zygote; del sys.path[0]; zygote.main()"
         self._process = subprocess.Popen(
-            [sys.executable, server, str(theirs.fileno()), json.dumps(self._config)],
+            [sys.executable, "-c", server, str(theirs.fileno()), json.dumps(self._config)],
             pass_fds=[theirs.fileno()],
             env=env,
             stdin=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_executor.py              latency, throughput, layers, memory: about two minutes
     python tests/benchmarks/bench_executor.py --soak 20000  mixed snippets, 5 % hostile, from 4 threads
+    python tests/benchmarks/bench_executor.py --hostile     what (ii) and (iii) keep in of the tests' hostile snippets
 
 (i) a subprocess per snippet; (ii) a process pool that calls exec() on the snippet, libraries loaded, as the evaluators
 of several RL projects do: no isolation and no limits but a timeout; (iii) thor.executor. Medians over repeated runs;
@@ -12,18 +13,26 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import platform
+import resource
+import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
 from thor.executor import LAYERS, Executor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from hostile import DEADLY, SNIPPETS, TIMEOUT, Canary, as_ordinary_user, check, start
 
 SOLVE = "from sympy import *\nx = symbols('x')\nprint(solve(x**2 - {0}*x + {1}, x))"
 KINDS = [
@@ -56,8 +65,9 @@ def by_subprocess(code: str) -> None:
 
 
 def load() -> None:
-    import numpy  # noqa: F401
-    import sympy  # noqa: F401
+    with contextlib.suppress(ImportError):  # an ordinary user may have a Python without them
+        import numpy  # noqa: F401
+        import sympy  # noqa: F401
 
 
 def by_exec(code: str) -> str:
@@ -221,16 +231,101 @@ def soak(count: int) -> dict:
     }
 
 
+def attempt_by_exec(code: str, canary: Canary, answer: Connection) -> None:
+    """One hostile snippet in an exec pool that is killed after the timeout; sends what got out, '' if nothing."""
+    os.setsid()  # some kill their whole process group
+    pool, out, reason = ProcessPoolExecutor(1, initializer=load), "", ""
+    pool.submit(by_exec, "pass").result()
+    with contextlib.suppress(Exception):  # it may fail, or break the pool
+        out = pool.submit(by_exec, canary.fill(code)).result(TIMEOUT)
+    if canary.token in str(out):
+        reason = "the secret came out"
+    with contextlib.suppress(TimeoutError, BrokenExecutor):  # the pool is then made anew, as far as one can
+        following = pool.submit(by_exec, "import math\nprint(sum([math.gcd(12, 18), 1]))")
+        try:
+            right = following.result(TIMEOUT) == "7\n"
+        except (TimeoutError, BrokenExecutor):
+            raise
+        except Exception:
+            right = False
+        reason = reason or ("" if right else "the next snippet was wrong")
+    for worker in list(pool._processes.values()):
+        worker.kill()
+    answer.send(reason)
+
+
+def contained_by_exec(code: str) -> str:
+    """As `attempt_by_exec`, and what is left or harmed afterwards."""
+
+    def own_processes() -> set[int]:
+        found = set()
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_uid == os.getuid():
+                    found.add(int(path.name))
+        return found
+
+    canary = Canary()
+    before = own_processes()
+    mine, theirs = multiprocessing.Pipe()
+    caller = multiprocessing.get_context("fork").Process(target=attempt_by_exec, args=(code, canary, theirs))
+    caller.start()
+    theirs.close()
+    reason = "the pool hangs, or was killed with its caller"
+    with contextlib.suppress(EOFError):
+        if mine.poll(5.0):
+            reason = mine.recv()
+    caller.kill()
+    caller.join()
+    time.sleep(0.05)
+    left = own_processes() - before
+    for pid in left:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    reason = reason or canary.harm() or ("a process is left" if left else "")
+    canary.close()
+    return reason
+
+
+def hostile() -> dict:
+    """The hostile suite through the exec pool and the executor; run by an ordinary user, with bounded memory."""
+    with as_ordinary_user("tests/benchmarks/bench_executor.py", "--hostile") as process:
+        if process:  # this is root, and the exec pool would let a snippet do to this machine whatever root can
+            out, err = process.communicate()
+            if process.returncode:
+                raise RuntimeError(err.decode())
+            found = json.loads(out.decode().splitlines()[-1])
+            return {name: value for name, value in found.items() if name.startswith("hostile") or name == "uid"}
+    if os.getuid() == 0:
+        raise RuntimeError("no Python that an ordinary user could read, and not as root")
+    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+    deadly = [name for name in SNIPPETS if SNIPPETS[name][3] == DEADLY]
+    with start() as ex:
+        canary = Canary()
+        ours = {name: check(ex, canary, name) for name in SNIPPETS}
+        canary.close()
+    theirs = {name: contained_by_exec(SNIPPETS[name][0]) for name in SNIPPETS if name not in deadly}
+    reasons = Counter(reason[:26] for reason in theirs.values() if reason)
+    return {
+        "hostile": len(SNIPPETS),
+        "hostile_contained_by_ours": sum(not reason for reason in ours.values()),
+        "hostile_contained_by_exec": sum(not reason for reason in theirs.values()),
+        "hostile_not_tried_with_exec": len(deadly),  # they would end processes of this machine
+        "hostile_got_out_of_exec": dict(reasons.most_common()),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of everything that is timed")
     parser.add_argument("--soak", type=int, default=0, help="run this many mixed snippets instead")
+    parser.add_argument("--hostile", action="store_true", help="run the hostile suite through (ii) and (iii) instead")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     about = {"cpus": len(os.sched_getaffinity(0)), "kernel": platform.release(), "python": platform.python_version()}
     about |= {"uid": os.getuid(), "load": [round(x, 1) for x in os.getloadavg()]}
     print(about)
-    found = soak(args.soak) if args.soak else measure(args.rounds)
+    found = soak(args.soak) if args.soak else hostile() if args.hostile else measure(args.rounds)
     for name, value in found.items():
         print(f"{name:28} {value}")
     print(json.dumps(about | found))

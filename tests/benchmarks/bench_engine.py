@@ -1,0 +1,247 @@
+"""HFEngine beside transformers' own `generate`, and vLLM where it is installed: same prompts, same numbers of tokens.
+
+    python tests/benchmarks/bench_engine.py                 all four workloads
+    python tests/benchmarks/bench_engine.py --only a,b      some of them
+
+(a) 64 prompts of 20 to 80 tokens, 128 new tokens each
+(b) 8 prompts of 500 tokens, 8 samples of each, 96 new tokens (one group of RL)
+(c) 32 trajectories of 3 rounds: 16 to 96 sampled tokens, a sympy snippet through the executor, 24 tokens of output.
+    The usual loop has all rows sample a round together, runs all snippets, and prefills the whole text again.
+(d) as (c), with each snippet sleeping 0.5 s before it starts, and a worker of the executor for each trajectory
+
+All sample at temperature 1 from the same prompts, the number of tokens is forced. HFEngine and vLLM also report the
+log-prob of each token. The limit is what the machine's measured matmul rate allows for the multiplications that no
+implementation can avoid: linear layers and vocabulary projection of each new token. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, StoppingCriteria
+
+from thor.engine import HFEngine, Request
+from thor.executor import Executor
+from thor.policy import load_policy
+from thor.rollout import drive
+
+ROUNDS, OUTPUT = 3, 24
+SNIPPET = "from sympy import *\nx = symbols('x')\nprint(solve(x**2 - {}*x + {}, x))"
+
+
+# ---- workloads: lists of prompts, and how many tokens each samples --------------------------------------------------
+
+
+def some_tokens(rng: random.Random, vocabulary: int, count: int) -> list[int]:
+    return [rng.randrange(100, vocabulary) for _ in range(count)]
+
+
+def workload(name: str, vocabulary: int, scale: float) -> dict:
+    """prompts, tokens to sample per prompt (a list per round), tokens of tool output, seconds a tool sleeps."""
+    rng = random.Random(0)
+
+    def n(count: int) -> int:
+        return max(1, round(count * scale))
+
+    if name == "a":
+        return {"prompts": [some_tokens(rng, vocabulary, rng.randint(20, 80)) for _ in range(n(64))], "new": [[128]]}
+    if name == "b":
+        prompts = [some_tokens(rng, vocabulary, 500) for _ in range(n(8))]
+        return {"prompts": [p for p in prompts for _ in range(8)], "new": [[96]], "group": 8}
+    prompts = [some_tokens(rng, vocabulary, rng.randint(40, 120)) for _ in range(n(32))]
+    new = [[rng.randint(16, 96) for _ in range(ROUNDS)] for _ in prompts]
+    return {"prompts": prompts, "new": new, "sleep": 0.5 if name == "d" else 0.0}
+
+
+def snippet(i: int, round_: int, sleep: float) -> str:
+    return f"import time\ntime.sleep({sleep})\n" * bool(sleep) + SNIPPET.format(i + 5, round_ + 2)
+
+
+def output_tokens(i: int, round_: int, vocabulary: int) -> list[int]:
+    return some_tokens(random.Random(i * 8 + round_), vocabulary, OUTPUT)
+
+
+# ---- the three ways to run a workload; each returns the number of sampled tokens ------------------------------------
+
+
+class Forced(StoppingCriteria):
+    """Ends each row of `generate` after its own number of tokens."""
+
+    def __init__(self, prompt_length: int, counts: list[int]) -> None:
+        self.ends = torch.tensor([prompt_length + count for count in counts])
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        return input_ids.shape[1] >= self.ends
+
+
+def generate(model, prompts: list[list[int]], counts: list[int], samples: int = 1) -> list[list[int]]:
+    """transformers' sampling of a padded batch."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max(counts),
+        eos_token_id=None,
+        pad_token_id=0,
+        num_return_sequences=samples,
+        stopping_criteria=[Forced(width, counts)],
+    )
+    rows = out[:, width:].tolist()
+    return [row[:count] for row, count in zip(rows, counts, strict=True)]
+
+
+def by_generate(model, load: dict, executor: Executor) -> int:
+    """Round by round in lockstep, the whole text prefilled again each round: the usual loop."""
+    group, vocabulary = load.get("group", 1), model.config.vocab_size
+    prompts = load["prompts"][::group]
+    if len(load["new"]) == 1:
+        [[count]] = load["new"]
+        return sum(map(len, generate(model, prompts, [count] * len(load["prompts"]), group)))
+    texts, total = [list(p) for p in prompts], 0
+    for round_ in range(ROUNDS):
+        rows = generate(model, texts, [new[round_] for new in load["new"]])
+        executor.run([snippet(i, round_, load["sleep"]) for i in range(len(texts))])
+        for i, row in enumerate(rows):
+            texts[i] += row + output_tokens(i, round_, vocabulary)
+            total += len(row)
+    return total
+
+
+def by_engine(engine, load: dict, executor: Executor, vocabulary: int) -> int:
+    """Through our event loop: as generators that yield requests and code."""
+
+    def trajectory(i: int):
+        ids, total, shared = list(load["prompts"][i]), 0, len(load["prompts"][i]) - 1
+        counts = load["new"][i] if len(load["new"]) > 1 else load["new"][0]
+        for round_, count in enumerate(counts):
+            completion = yield Request(str(i), ids, count, seed=i * 8 + round_, shared=shared)
+            ids, total = ids + completion.token_ids, total + len(completion.token_ids)
+            if len(counts) > 1:
+                result = yield snippet(i, round_, load["sleep"])
+                assert result.passed, result
+                ids = ids + output_tokens(i, round_, vocabulary)
+        return total
+
+    return sum(drive([trajectory(i) for i in range(len(load["prompts"]))], engine, executor))
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def matmul_rate(model) -> tuple[float, float]:
+    """(FLOP/s of the model's own linear layers at 512 rows, FLOP for one new token)."""
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    flop = sum(2 * w.numel() for w in weights)
+    inputs = {w.shape[1]: torch.randn(512, w.shape[1]) for w in weights}
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        for w in weights:
+            torch.nn.functional.linear(inputs[w.shape[1]], w)
+        best = min(best, time.perf_counter() - start)
+    return 512 * flop / best, flop
+
+
+class PeakMemory:
+    """Largest resident memory of this process while the block runs, in MiB above what it was before."""
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self.peak = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _now(self) -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self.peak = max(self.peak, self._now())
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.mib = max(self.peak, self._now()) - self.before
+
+
+def measure(run: Callable[[], int]) -> dict:
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        tokens = run()
+        seconds = time.perf_counter() - start
+    found = {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 2), "peak_mib": round(memory.mib)}
+    print(f"    {found}", flush=True)
+    return found | {"tokens": tokens}
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="demo name, folder or hub id")
+    parser.add_argument("--only", default="a,b,c,d", help="workloads to run")
+    parser.add_argument("--engines", default="generate,ours,vllm", help="what to run; vllm is skipped if not installed")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    model, tokenizer = load_policy(args.model, "cpu")
+    vocabulary = model.config.vocab_size
+    rate, flop = matmul_rate(model)
+    about = {"model": args.model, "cpus": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    about |= {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    about |= {"load": [round(x, 1) for x in os.getloadavg()], "gflops": round(rate / 1e9, 1)}
+    about["limit_tokens_per_s"] = round(rate / flop)
+    print(about, flush=True)
+    engines: dict[str, Callable[[dict, Executor], int]] = {}
+    with Executor(workers=2, timeout=10) as two, Executor(workers=32, timeout=10, preload=("sympy",)) as many:
+        if "generate" in args.engines:
+            plain = AutoModelForCausalLM.from_pretrained(model.config._name_or_path, dtype=model.dtype).eval()
+            engines["generate"] = lambda load, ex: by_generate(plain, load, ex)
+        if "ours" in args.engines:
+            engine = HFEngine(model, tokenizer)
+            engine.eos = set()
+            engines["ours"] = lambda load, ex: by_engine(engine, load, ex, vocabulary)
+        found: dict = {}
+        for name in args.only.split(","):
+            for which, run in engines.items():
+                print(f"({name}) {which}", flush=True)
+                executor = many if name == "d" else two
+                run(workload(name, vocabulary, 1 / 8), executor)  # warm-up
+                load = workload(name, vocabulary, 1)
+                found[f"{name}_{which}"] = measure(lambda run=run, load=load, ex=executor: run(load, ex))
+    for name in args.only.split(","):
+        ours = found.get(f"{name}_ours")
+        for which in engines:
+            if ours and which != "ours":
+                ratio = found[f"{name}_{which}"]["seconds"] / ours["seconds"]
+                print(f"({name}) ours is {ratio:.2f}x as fast as {which}")
+                found[f"{name}_over_{which}"] = round(ratio, 2)
+        if ours:
+            share = ours["tokens_per_s"] / about["limit_tokens_per_s"]
+            print(f"({name}) ours reaches {share:.0%} of the matmul limit of {about['limit_tokens_per_s']} tokens/s")
+    if "c_ours" in found and "d_ours" in found:
+        found["d_over_c"] = round(found["d_ours"]["seconds"] / found["c_ours"]["seconds"], 3)
+        print(f"(d) takes {found['d_over_c']} times as long as (c)")
+    print(json.dumps(about | found))
+
+
+if __name__ == "__main__":
+    main()
