@@ -483,6 +483,7 @@ def sample_trajectories(
             if not reason:
                 pairs = zip(kept, group_advantages(rewards), strict=True)
                 examples += [Example(trajectory, advantage, "trajectory") for trajectory, advantage in pairs]
+    counts["draws_capped"] = int(counts["groups_kept"] < settings.prompts)
     counts["sampled"] = len(everything)
     return examples, everything, cursor, counts
 

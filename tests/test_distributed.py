@@ -127,6 +127,8 @@ def test_ppo_and_several_updates_on_two_ranks(work):
         done = torchrun(ranks, str(ROOT / "run_rl.py"), *flags, "--out", f"ppo{ranks}", cwd=work)
         assert done.returncode == 0, done.stderr[-3000:]
     assert_same(read(work / "ppo2"), read(work / "ppo1"))
+    checkpoint = torch.load(work / "ppo2/checkpoints/latest.pt")["model"]
+    assert checkpoint["value_head.weight"].shape == (2, 32) and checkpoint["value_head.weight"].any()
     assert not any("value_head" in name for name in load_file(work / "ppo2/final/model.safetensors"))
 
 

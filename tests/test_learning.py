@@ -105,7 +105,12 @@ def test_no_signal_is_explained_not_a_crash(tmp_path, executor, capsys):
     settings = replace(SETTINGS, iterations=1, max_draws=3)
     [metrics] = learn(tmp_path, executor, [GOOD], [RIGHT], settings)
     assert "no group carries a signal after 3 draws" in capsys.readouterr().out
-    assert metrics["groups_equal"] == 12 and metrics["draws"] == 3 and "loss" not in metrics
+    assert (
+        metrics["groups_equal"] == 12
+        and metrics["draws"] == 3
+        and metrics["draws_capped"] == 1
+        and "loss" not in metrics
+    )
 
 
 def test_several_updates_and_a_resumed_run_repeat_the_metrics(tmp_path, executor):

@@ -5,12 +5,14 @@ import os
 import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
+from conftest import ScriptedEngine, byte_tokenizer, tiny_llama
 from test_learning import BAD, GOOD, RIGHT, SETTINGS, WRONG, cold_start
 
 import run_rl
@@ -18,8 +20,9 @@ import run_sft
 from run_rl import train
 from thor.engine import HFEngine
 from thor.policy import load_policy, restore, save_policy
+from thor.rollout import Sampling, solve
 from thor.runlog import Run, UserError, parse_settings
-from thor.trajectory import Problem
+from thor.trajectory import ExecResult, Problem
 
 ROOT = Path(__file__).parent.parent
 PROBLEMS = [Problem(str(i), "q", "4") for i in range(8)]
@@ -120,6 +123,42 @@ def test_sft_stops_too(tmp_path, monkeypatch):
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
+
+
+class SlowTools(ThreadPoolExecutor):
+    """Code of the n-th call takes the n-th of these delays."""
+
+    def __init__(self, delays: list[float]) -> None:
+        super().__init__(len(delays))
+        self.delays, self.running = delays, 0
+
+    def submit(self, code):
+        self.running += 1
+        return super().submit(self.judge, self.delays.pop())
+
+    def judge(self, delay: float) -> ExecResult:
+        time.sleep(delay)
+        self.running -= 1
+        return ExecResult("ok", "4")
+
+
+def order_of_requests(tokenizer, delays: list[float]) -> list[str]:
+    def reply(request, turn):
+        assert tools.running == 0
+        return "x" if turn else GOOD
+
+    engine = ScriptedEngine(tokenizer, reply)
+    one = engine.step
+    engine.step = lambda: [completion for _ in engine.queue[:] for completion in one()]  # all turns at once
+    with SlowTools(delays) as tools:
+        solve(engine, tools, PROBLEMS[:4], Sampling(max_tokens=2000), deterministic=True)
+    return [request.id for request in engine.requests]
+
+
+def test_a_deterministic_rollout_does_not_depend_on_how_fast_tools_are(tokenizer):
+    order = order_of_requests(tokenizer, [0.0, 0.05, 0.1, 0.15])
+    assert order == order_of_requests(tokenizer, [0.15, 0.1, 0.05, 0.0]) and len(order) == 8
+
 
 # Runs a script's main in a fork, which kills itself at the n-th time that it comes to a chosen point. To fork saves the
 # seconds of importing everything for each of the kills.

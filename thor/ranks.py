@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_store: dist.Store | None = None  # a few keys that all ranks see
+
 
 def rank() -> int:
     """Number of this process; 0 is the one that prints, logs and saves."""
@@ -39,12 +41,21 @@ def start_ranks(device: str, timeout: float) -> str:
     elif ranks == 1:
         return device
     if not dist.is_initialized():
-        here = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        global _store
+        _store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **here)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(backend, timeout=limit, store=_store, rank=rank(), world_size=ranks)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
     return device
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank has asked this: those that fail later do so because they wait for one that is gone."""
+    if _store is None:
+        return True
+    return _store.compare_set("failed", "", str(rank())) == str(rank()).encode()
 
 
 def end_ranks() -> None:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from thor.ranks import end_ranks, gather, rank
+from thor.ranks import end_ranks, first_to_fail, gather, rank
 
 S = TypeVar("S")
 
@@ -77,14 +77,15 @@ def run_main(main: Callable[[], None], many_ranks: bool = False) -> None:
                 f"\n{name}: interrupted; a run folder is continued by the same command with --resume", file=sys.stderr
             )
     except UserError as error:
-        code = 1
+        code = 2
         if rank() == 0:  # all ranks come to such an end together
             print(f"\n{name}: error: {error}", file=sys.stderr)
     except Exception:
         if ranks == 1:
             raise
         code = 1
-        print("".join(f"rank {rank()}: {line}\n" for line in traceback.format_exc().splitlines()), file=sys.stderr)
+        if first_to_fail():
+            print("".join(f"rank {rank()}: {line}\n" for line in traceback.format_exc().splitlines()), file=sys.stderr)
     if code and ranks > 1:
         sys.stderr.flush()
         os._exit(code)  # the ordinary way out would wait for the ranks that wait for this one
