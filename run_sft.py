@@ -23,8 +23,23 @@ from thor.engine import HFEngine
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
 from thor.executor import Executor
 from thor.fences import encode
-from thor.policy import DEMO_MODEL, load_policy, optimizer_step, restore, save_checkpoint, save_policy
+from thor.policy import (
+    DEMO_MODEL,
+    MAX_SKIPPED,
+    checkpoint_gradients,
+    dump_skipped,
+    load_policy,
+    not_finite,
+    optimizer_step,
+    policy_parameters,
+    restore,
+    sampling_copy,
+    save_checkpoint,
+    save_policy,
+    shard,
+)
 from thor.prompts import render_prompt
+from thor.ranks import rank, start_ranks, workers
 from thor.rollout import derive_seed
 from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors
 from thor.trajectory import Problem, Trajectory
@@ -48,9 +63,13 @@ class Settings:
     )
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
     micro_tokens: int = field(default=1024, metadata={"help": "distinct tokens in one forward and backward pass"})
+    tree: bool = field(default=True, metadata={"help": "compute shared prefixes once; the result is equal"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory for a third more computing"})
     save_every: int = field(default=10, metadata={"help": "optimizer steps between checkpoints"})
+    keep: int = field(default=2, metadata={"help": "checkpoints that are kept, the newest"})
     evaluate: bool = field(default=True, metadata={"help": "score held-out problems before and after"})
     device: str = field(default="auto", metadata={"help": "'cpu', 'cuda', or 'auto'"})
+    rank_timeout: float = field(default=3600.0, metadata={"help": "seconds a rank waits for the others, at most"})
     seed: int = field(default=0, metadata={"help": "of the order of the data"})
     out: str = field(default="runs/sft", metadata={"help": "run folder to write"})
     resume: bool = field(default=False, metadata={"help": "go on in the run folder --out"})
@@ -103,60 +122,88 @@ def batches_of(count: int, settings: Settings) -> list[list[int]]:
     return steps
 
 
+def train(model, sequences: list[list[int]], scored: list[list[int]], run: Run, settings: Settings) -> None:
+    """All optimizer steps, from the run's checkpoint if there is one. scored: positions of the action tokens."""
+    if settings.gradient_checkpointing:
+        checkpoint_gradients(model)
+    shard(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+    )
+    progress = restore(run, model, optimizer) or {"step": 0, "skipped_in_a_row": 0}
+    start, in_a_row = progress["step"], progress["skipped_in_a_row"]
+    run.rewind("metrics.jsonl", lambda record: record["step"] < start)
+    steps = batches_of(len(sequences), settings)
+    bar = tqdm(total=len(steps), initial=start, desc="sft", unit="step", disable=rank() > 0)
+    for step in range(start, len(steps)):
+        lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup * len(steps)))
+        optimizer.param_groups[0]["lr"] = lr
+        batch = steps[step]
+        tokens = sum(len(scored[b]) for b in batch)
+        logps: dict[int, list[float]] = {}  # of what this rank computes, to look at if the step is skipped
+
+        def loss_of(members, scores, batch=batch, tokens=tokens, logps=logps) -> torch.Tensor:
+            parts = scores.logp.detach().split([len(scored[batch[i]]) for i in members])
+            logps.update((batch[i], part.tolist()) for i, part in zip(members, parts, strict=True))
+            return sft_loss(scores.logp, tokens)
+
+        metrics = optimizer_step(
+            model,
+            optimizer,
+            [sequences[b] for b in batch],
+            [scored[b] for b in batch],
+            loss_of,
+            micro_tokens=settings.micro_tokens,
+            clip=settings.clip,
+            tree=settings.tree,
+        )
+        run.log(step, {**metrics, "lr": lr, "tokens": tokens})
+        bar.update()
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+        in_a_row = in_a_row + 1 if metrics["skipped"] else 0
+        if metrics["skipped"]:
+            records = [{"token_ids": sequences[b], "scored": scored[b], "logp": logp} for b, logp in logps.items()]
+            dump_skipped(run, f"{step:06d}", records)
+        stop = in_a_row == MAX_SKIPPED
+        if stop or (step + 1) % settings.save_every == 0 or step + 1 == len(steps):
+            progress = {"step": step + 1, "skipped_in_a_row": 0 if stop else in_a_row}
+            save_checkpoint(run, model, optimizer, step + 1, progress, settings.keep)
+        if stop:
+            raise not_finite(run)
+    bar.close()
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, __doc__, argv)
     with user_errors():
+        device = start_ranks(settings.device, settings.rank_timeout)
         run = Run(settings.out, settings, settings.resume)
-        at_least(settings, epochs=1, batch=1, micro_tokens=1, save_every=1)
+        at_least(settings, epochs=1, batch=1, micro_tokens=1, save_every=1, keep=1)
         if not Path(settings.data).is_file():  # said before the model is loaded
             raise UserError(f"--data {settings.data}: no such file; run_tirgen.py writes it")
-        model, tokenizer = load_policy(settings.model, settings.device)
+        model, tokenizer = load_policy(settings.model, device)
         everything = load_trajectories(settings.data, tokenizer)
         rows = [t for t in everything if len(t.prompt_ids) + len(t) <= settings.max_length]
         if not rows:
             raise UserError(f"--max_length {settings.max_length}: every trajectory of {settings.data} is longer")
+    with user_errors():  # now that all ranks have seen that all is well
         run.start()
     sequences = [t.prompt_ids + t.token_ids for t in rows]
     scored = [[len(t.prompt_ids) + i for i, sampled in enumerate(t.action_mask) if sampled] for t in rows]
     print(f"{len(rows)} trajectories, {sum(map(len, scored))} tokens to learn, {len(everything) - len(rows)} too long")
 
-    steps = batches_of(len(rows), settings)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay
-    )
-    start = restore(run, model, optimizer).get("step", 0)
-    run.rewind("metrics.jsonl", lambda record: record["step"] < start)
-    with Executor(timeout=5.0) as executor:
-        engine = HFEngine(model, tokenizer)
-        if settings.evaluate and not (run / "eval_base.json").exists():
+    with Executor(workers=workers(), timeout=5.0) as executor:
+        engine = HFEngine(sampling_copy(model), tokenizer) if settings.evaluate else None
+        if engine and rank() == 0 and not (run / "eval_base.json").exists():
             base, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "base model")
             run.write_json("eval_base.json", base)
-        with tqdm(total=len(steps), initial=start, desc="sft", unit="step") as bar:
-            for step in range(start, len(steps)):
-                batch = steps[step]
-                optimizer.param_groups[0]["lr"] = settings.lr * min(
-                    1.0, (step + 1) / max(1, settings.warmup * len(steps))
-                )
-                tokens = sum(len(scored[b]) for b in batch)
-                metrics = optimizer_step(
-                    model,
-                    optimizer,
-                    [sequences[b] for b in batch],
-                    [scored[b] for b in batch],
-                    lambda members, scores, tokens=tokens: sft_loss(scores.logp, tokens),
-                    micro_tokens=settings.micro_tokens,
-                    clip=settings.clip,
-                )
-                run.log(step, {**metrics, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens})
-                bar.update()
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-                if (step + 1) % settings.save_every == 0 or step + 1 == len(steps):
-                    save_checkpoint(run, model, optimizer, {"step": step + 1})
-        engine.update_weights(model.named_parameters())
+        train(model, sequences, scored, run, settings)
         with run.whole_folder("final") as folder:
             save_policy(model, tokenizer, folder)
         print(f"model in {run / 'final'}")
-        if settings.evaluate:
+        if engine:
+            engine.update_weights(policy_parameters(model))
+        if engine and rank() == 0:
             after, trajectories = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after SFT")
             run.rewind("trajectories.jsonl", lambda record: False)
             run.write_trajectories("trajectories.jsonl", trajectories, tokenizer)
@@ -165,4 +212,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, many_ranks=True)

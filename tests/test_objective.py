@@ -5,7 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_llama
+from hypothesis import given
+from hypothesis import settings as attempts
+from hypothesis import strategies as st
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from run_rl import (
     Counts,
@@ -13,14 +25,22 @@ from run_rl import (
     Settings,
     draw_problems,
     failed_steps,
+    fill_advantages,
+    fill_logps,
+    gae,
     group_advantages,
     hierarchical_loss,
     improper,
     policy_loss,
     signal,
     update,
+    value_loss,
 )
+from run_sft import sft_loss
+from thor.attention import Tree, use_layout_attention
 from thor.engine import HFEngine
+from thor.policy import add_value_head, checkpoint_gradients, distinct_tokens, micro_batches, optimizer_step
+from thor.rollout import Sampling, solve
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
 PROBLEM = Problem("p", "?", "4")
@@ -155,6 +175,51 @@ def test_kl_and_entropy_terms_by_hand():
     assert loss.item() == pytest.approx(0.1 * (1 - math.log(2)) / 2 - 0.01 * 1.0, abs=1e-6)
 
 
+def test_gae_of_a_trajectory_with_two_tool_calls_by_hand():
+    example = Example(ledger("11001101"), 0.0, "trajectory")  # five action tokens, observations before the 3rd and 5th
+    example.value_old = torch.tensor([0.5, 0.4, 0.6, 0.2, 0.8])
+    fill_advantages([example], Settings(estimator="ppo", gamma=0.9, gae_lambda=0.5))
+    # the value after the 2nd token is that of the 3rd, behind the tool's output
+    # delta: 0.9*0.4 - 0.5 = -0.14, 0.9*0.6 - 0.4 = 0.14, 0.9*0.2 - 0.6 = -0.42, 0.9*0.8 - 0.2 = 0.52, 1 - 0.8 = 0.2
+    # A from behind, each delta + 0.45 A: 0.2, 0.61, -0.1455, 0.074525, -0.10646375
+    expected = [-0.10646375, 0.074525, -0.1455, 0.61, 0.2]
+    assert example.advantage.tolist() == pytest.approx(expected, abs=1e-6)
+    returns = [a + v for a, v in zip(expected, example.value_old.tolist(), strict=True)]
+    assert example.returns.tolist() == pytest.approx(returns, abs=1e-6)
+    assert Counts.of([example]) == Counts(trajectory=5, step=0, positive=3)
+
+
+def test_gae_with_lambda_1_is_the_discounted_return_and_with_0_one_step():
+    rewards, values = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.3, 0.7, 0.1])
+    assert gae(rewards, values, 0.5, 1.0)[1].tolist() == pytest.approx([0.25, 0.5, 1.0])
+    assert gae(rewards, values, 1.0, 0.0)[0].tolist() == pytest.approx([0.4, -0.6, 0.9])
+    assert gae(torch.zeros(0), torch.zeros(0), 1.0, 1.0)[0].shape == (0,)
+
+
+def test_whitening_is_per_level():
+    batch = [Example(ledger("11", reward=r), 0.0, level) for level in ("trajectory", "step") for r in (0.0, 1.0)]
+    for i, example in enumerate(batch):
+        example.value_old = torch.tensor([0.1, 0.3 * i])
+    fill_advantages(batch, Settings(estimator="ppo", whiten=True))
+    for level in ("trajectory", "step"):
+        advantages = torch.cat([e.advantage for e in batch if e.level == level])
+        assert advantages.mean().abs() < 1e-6 and (advantages.std(correction=0) - 1).abs() < 1e-4
+
+
+def test_value_loss_by_hand():
+    value = torch.tensor([1.0, 0.6, 0.0, 1.5], requires_grad=True)
+    old, returns = torch.tensor([0.5, 0.5, 1.0, 1.0]), torch.tensor([2.0, 0.0, 1.0, 1.4])
+    # clipped: 0.7 -> 1.3^2; 0.6 -> 0.6^2; 0.8, but 1^2 is more than 0.2^2; 1.2 -> 0.2^2 is more than 0.1^2
+    loss = value_loss(value, old, returns, 0.2)
+    assert loss.tolist() == pytest.approx([1.69 / 2, 0.36 / 2, 1 / 2, 0.04 / 2], abs=1e-6)
+    loss.sum().backward()
+    assert value.grad.tolist() == pytest.approx([0.0, 0.6, -1.0, 0.0], abs=1e-6)  # no gradient where the clip rules
+
+
+def test_ppo_keeps_groups_of_equal_rewards():
+    assert [signal(r, 4, "ppo") for r in ([1, 1], [1], [])] == ["", "", "thin"]
+
+
 # ---- the update -----------------------------------------------------------------------------------------------------
 
 
@@ -169,23 +234,55 @@ def examples() -> list[Example]:
     ]
 
 
-def gradients(tokenizer, batch: list[Example], settings: Settings) -> tuple[list[torch.Tensor], dict]:
-    """Weights' change under plain SGD is the gradient."""
+class Gradient(torch.optim.SGD):
+    """Keeps the gradient of its step, as one vector, in place of applying it."""
+
+    def step(self):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.vector = torch.cat([torch.zeros_like(p).ravel() if p.grad is None else p.grad.ravel() for p in parameters])
+
+
+def gradient(model, batch: list[Example], settings: Settings) -> tuple[torch.Tensor, dict]:
+    """(gradient of all parameters, metrics) of one optimizer step."""
+    use_layout_attention(model)
+    optimizer = Gradient(model.parameters(), lr=0.0)
+    metrics = update(model, optimizer, batch, replace(settings, clip=1e9))
+    return optimizer.vector, metrics
+
+
+def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert (a - b).norm() <= tolerance * a.norm(), f"{(a - b).norm() / a.norm():.1e}"
+
+
+@attempts(max_examples=25)
+@given(data=st.data())
+def test_gradient_does_not_depend_on_micro_batches_order_or_tree(tokenizer, data):
+    """Random ledgers over a few token ids, so that they share prefixes of every length; both estimators."""
+    ids = st.lists(st.integers(1, 3), min_size=1, max_size=12)
+    batch = []
+    for level in data.draw(st.lists(st.sampled_from(["trajectory", "step"]), min_size=1, max_size=6)):
+        trajectory = Trajectory(PROBLEM, data.draw(ids), finish="stop", reward=float(data.draw(st.booleans())))
+        for turn in range(data.draw(st.integers(0, 3))):
+            tokens = data.draw(ids)
+            trajectory.append_sampled(tokens, [-5.5] * len(tokens)) if turn != 1 else trajectory.append_observation(
+                tokens
+            )
+        batch.append(Example(trajectory, data.draw(st.sampled_from([-1.5, 0.5, 2.0])), level))
+    if not any(e.trajectory.num_sampled for e in batch):
+        return  # no gradient to compare; see test_all_masked_batch_changes_nothing
+    chosen = Settings(estimator=data.draw(st.sampled_from(["grpo", "ppo"])), step_coef=0.7, temperature=0.7)
     model = tiny_llama(tokenizer)
-    HFEngine(model, tokenizer)
-    before = [p.detach().clone() for p in model.parameters()]
-    metrics = update(model, torch.optim.SGD(model.parameters(), lr=1.0), batch, replace(settings, clip=1e9))
-    return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)], metrics
-
-
-@pytest.mark.parametrize("micro_tokens", [1, 9, 20])
-def test_gradient_does_not_depend_on_micro_batches_or_order(tokenizer, micro_tokens):
-    whole, metrics = gradients(tokenizer, examples(), Settings(micro_tokens=10_000))
-    cut, cut_metrics = gradients(tokenizer, examples()[::-1], Settings(micro_tokens=micro_tokens))
-    for a, b in zip(whole, cut, strict=True):
-        assert (a - b).norm() <= 1e-5 * (1 + a.norm())
-    for name in ("loss", "grad_norm", "entropy", "nll", "loss_step"):
-        assert cut_metrics[name] == pytest.approx(metrics[name], rel=1e-4)
+    if chosen.estimator == "ppo":
+        add_value_head(model)
+        torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
+        use_layout_attention(model)
+        fill_logps(model, batch, "logp_old", chosen)
+        fill_advantages(batch, chosen)
+    whole, metrics = gradient(model, batch, replace(chosen, micro_tokens=10_000))
+    cut = replace(chosen, micro_tokens=data.draw(st.integers(1, 60)), tree=data.draw(st.booleans()))
+    vector, cut_metrics = gradient(model, data.draw(st.permutations(batch)), cut)
+    assert_close(whole, vector)
+    assert cut_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
 
 
 def test_gradient_equals_a_plain_padded_reference(tokenizer):
@@ -209,29 +306,138 @@ def test_gradient_equals_a_plain_padded_reference(tokenizer):
             if example.advantage > 0:
                 loss = loss - settings.nll_coef * logp / positive
     loss.backward()
-    ours, metrics = gradients(tokenizer, batch, settings)
+    ours, metrics = gradient(tiny_llama(tokenizer), batch, settings)
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
-    for a, p in zip(ours, model.parameters(), strict=True):
-        assert (a - p.grad).norm() <= 1e-5 * (1 + p.grad.norm())
+    assert_close(torch.cat([p.grad.ravel() for p in model.parameters()]), ours)
+
+
+CONFIGS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+CONFIGS["qwen3"] = (Qwen3Config, Qwen3ForCausalLM)
+
+
+@pytest.mark.parametrize("observations", [False, True])
+@pytest.mark.parametrize("layout", CONFIGS)
+def test_tree_equals_plain_equals_transformers_row_by_row(layout, observations):
+    """Whatever stands in the labels of prompts and observations: they are random where the mask is 0."""
+    torch.manual_seed(1)
+    config, build = CONFIGS[layout]
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    model = build(config(vocab_size=90, num_key_value_heads=2, initializer_range=0.2, **sizes)).eval()
+    batch = examples()[:5]
+    for example in batch if not observations else ():
+        example.trajectory.action_mask = [True] * len(example.trajectory)
+    for example in batch:
+        example.trajectory.logp_sampler = [math.nan] * len(example.trajectory)  # importance weight 1
+    settings, counts = Settings(), Counts.of(batch)
+    loss = torch.zeros(())
+    for example in batch:
+        mask = torch.tensor([False] * len(example.trajectory.prompt_ids) + example.trajectory.action_mask)[1:]
+        ids = torch.tensor(example.token_ids)
+        labels = torch.where(mask, ids[1:], torch.randint(90, mask.shape))
+        logits = model(ids[None]).logits[0, :-1]
+        logp = -F.cross_entropy(logits, labels, reduction="none")[mask]
+        tokens = counts.step if example.level == "step" else counts.trajectory
+        loss = loss - example.advantage * torch.exp(logp - logp.detach()).sum() / tokens
+        if example.advantage > 0:
+            loss = loss - settings.nll_coef * logp.sum() / counts.positive
+    loss.backward()
+    reference = torch.cat([p.grad.ravel() for p in model.parameters()])
+    model.zero_grad()
+    for changes in ({}, {"tree": False}, {"micro_tokens": 7}, {"micro_tokens": 7, "tree": False}):
+        vector, metrics = gradient(model, batch, replace(settings, **changes))
+        assert_close(reference, vector)
+        assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_only_the_states_that_predict_action_tokens_have_logits(tokenizer):
+    """No logit of a prompt, observation or prefix position exists, so that none can have a gradient."""
+    model, batch = tiny_llama(tokenizer), examples()
+    expected = []
+    for example in batch:
+        hidden = model.model(torch.tensor([example.token_ids])).last_hidden_state[0]
+        expected += [hidden[p - 1] for p in example.scored]
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: rows.append(inputs[0].detach()))
+    gradient(model, batch, Settings(micro_tokens=10_000))
+    *_, projected, again = rows  # forward, and once more for the backward pass
+    assert torch.equal(projected, again) and len(projected) == len(expected)
+    distance = torch.cdist(projected, torch.stack(expected))  # in another order
+    assert distance.amin(0).max() < 1e-4 and distance.amin(1).max() < 1e-4
+
+
+@pytest.mark.parametrize("tree", [True, False])
+@given(
+    sequences=st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=9), min_size=1, max_size=9),
+    budget=st.integers(1, 30),
+)
+def test_a_tree_over_the_budget_is_split_into_sub_trees(tree, sequences, budget):
+    batches = list(micro_batches(sequences, budget, tree))
+    assert sorted(b for batch in batches for b in batch) == list(range(len(sequences)))
+    for batch in batches:
+        rows = [sequences[b] for b in batch]
+        tokens = len(Tree(rows, share=tree).token_ids)
+        assert tokens == distinct_tokens(rows, tree) and (tokens <= budget or len(batch) == 1)
+
+
+def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(tokenizer):
+    model, calls = tiny_llama(tokenizer), []
+    whole, _ = gradient(model, examples(), Settings(micro_tokens=10_000))
+    checkpoint_gradients(model)
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    again, _ = gradient(model, examples(), Settings(micro_tokens=10_000))
+    assert_close(whole, again)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_on_the_first_pass_ratio_is_1_and_sampler_and_trainer_agree(tokenizer, executor, temperature):
+    model = tiny_llama(tokenizer)
+    engine = HFEngine(model, tokenizer)
+    problems = [Problem(str(i), "why " * i) for i in range(4) for _ in range(3)]
+    sampled = solve(engine, executor, problems, Sampling(max_tokens=60, temperature=temperature))
+    batch = [Example(t, (-1.0) ** i, ("trajectory", "step")[i % 2]) for i, t in enumerate(sampled)]
+    settings = Settings(temperature=temperature, micro_tokens=150)
+    fill_logps(model, batch, "logp_old", replace(settings, micro_tokens=97))  # another cut than in the update
+    for example in batch:
+        assert example.logp_old.tolist() == pytest.approx(example.logp_sampler, abs=1e-4)
+    _, metrics = gradient(model, batch, settings)
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-4) and metrics["clip_fraction"] == 0
+    assert abs(metrics["mismatch_kl"]) < 1e-4 and metrics["tokens_trajectory"] > 100
 
 
 def test_all_masked_batch_changes_nothing(tokenizer):
-    change, metrics = gradients(tokenizer, [Example(ledger("000"), 1.0, "trajectory")], Settings())
-    assert all(torch.isfinite(c).all() and not c.any() for c in change) and metrics["skipped"] == 0.0
+    vector, metrics = gradient(tiny_llama(tokenizer), [Example(ledger("000"), 1.0, "trajectory")], Settings())
+    assert not vector.any() and metrics["skipped"] == 0.0
 
 
-def test_observation_and_prompt_tokens_have_no_gradient_of_their_own(tokenizer):
-    """Only the rows of the output head that score action tokens may move through targets: replacing what an
-    observation *label* is (the last token, which nothing follows) changes nothing."""
-    batch = [Example(ledger("1100"), 1.0, "trajectory")]
-    other = [Example(replace(batch[0].trajectory, token_ids=[10, 11, 12, 99]), 1.0, "trajectory")]
-    for a, b in zip(
-        gradients(tokenizer, batch, Settings())[0], gradients(tokenizer, other, Settings())[0], strict=True
-    ):
-        assert torch.equal(a, b)
-    assert batch[0].scored == [2, 3]
+@given(tokens=st.lists(st.integers(1, 200), min_size=3, max_size=3), data=st.data())
+@attempts(max_examples=10)
+def test_sft_gradient_does_not_depend_on_micro_batches_order_or_unlearned_tokens(tokenizer, tokens, data):
+    model = tiny_llama(tokenizer)
+    use_layout_attention(model)
+    rows = [ledger(mask, first=first) for mask, first in (("11001", 10), ("111", 10), ("1011100", 20), ("0000", 60))]
+
+    def sft_gradient(rows: list[Trajectory], micro_tokens: int) -> torch.Tensor:
+        sequences = [t.prompt_ids + t.token_ids for t in rows]
+        scored = [[2 + i for i, sampled in enumerate(t.action_mask) if sampled] for t in rows]
+        total, optimizer = sum(map(len, scored)), Gradient(model.parameters(), lr=0.0)
+        optimizer_step(
+            model, optimizer, sequences, scored, lambda members, s: sft_loss(s.logp, total), micro_tokens, 1e9
+        )
+        return optimizer.vector
+
+    whole = sft_gradient(rows, 10_000)
+    assert_close(whole, sft_gradient(data.draw(st.permutations(rows)), data.draw(st.integers(1, 20))))
+    # tokens behind the last learned one are targets of masked positions only: any may stand there
+    other = [*rows[:2], replace(rows[2], token_ids=[*rows[2].token_ids[:5], *tokens[:2]]), rows[3]]
+    assert_close(whole, sft_gradient(other, 10_000))
 
 
 def test_a_loss_that_is_not_finite_skips_the_step(tokenizer):
-    change, metrics = gradients(tokenizer, [Example(ledger("11"), float("nan"), "trajectory")], Settings())
-    assert metrics["skipped"] == 1.0 and not any(c.any() for c in change)
+    model = tiny_llama(tokenizer)
+    use_layout_attention(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    batch = [Example(ledger("11"), float("nan"), "trajectory")]
+    metrics = update(model, torch.optim.AdamW(model.parameters()), batch, Settings())
+    assert metrics["skipped"] == 1.0
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))

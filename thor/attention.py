@@ -97,6 +97,8 @@ class Segment:
 class Tree:
     """B token sequences merged into one row in which every shared prefix stands, and is computed, once.
 
+    share=False is the plain way: all sequences stand whole in the row, each sees only itself.
+
     What hierarchical RL trains on is such a tree: G trajectories share a prompt, the regenerated suffixes of a failed
     step share all that came before it. A token attends to its ancestors only and its position is its depth, so hidden
     states, losses and gradients equal those of the B sequences computed one by one.
@@ -104,14 +106,16 @@ class Tree:
     Attributes: token_ids [T], positions [T] (depth of each token), index: B lists, where each sequence's tokens stand.
     """
 
-    def __init__(self, sequences: list[list[int]]) -> None:
+    def __init__(self, sequences: list[list[int]], share: bool = True) -> None:
         self.token_ids: list[int] = []
         self.positions: list[int] = []
         self.segments: list[Segment] = []
         self.index: list[list[int]] = [[] for _ in sequences]
         self._sequences = sequences
         # sorting brings sequences with a common prefix together, so that each branching is a run of neighbours
-        self._branch(sorted(range(len(sequences)), key=sequences.__getitem__), 0, None)
+        order = sorted(range(len(sequences)), key=sequences.__getitem__)
+        for members in [order] if share else [[m] for m in order]:
+            self._branch(members, 0, None)
 
     def _branch(self, members: list[int], depth: int, parent: Segment | None) -> None:
         """Lay out the part from `depth` on of the sequences `members`, sorted, all equal up to there."""
@@ -119,7 +123,7 @@ class Tree:
         while members:
             head = self._sequences[members[0]]
             same = [m for m in members if self._sequences[m][depth] == head[depth]]
-            stop = min(_common_prefix(head, self._sequences[m], depth) for m in (same[-1], same[0]))
+            stop = min(common_prefix(head, self._sequences[m], depth) for m in (same[-1], same[0]))
             stop = min(stop, *(len(self._sequences[m]) for m in same))
             start = len(self.token_ids)
             segment = Segment(start, start + stop - depth, parent, depth)
@@ -154,7 +158,7 @@ class _Probe(Tree):
         return super().attend(layer, *args)
 
 
-def _common_prefix(a: list[int], b: list[int], start: int) -> int:
+def common_prefix(a: list[int], b: list[int], start: int = 0) -> int:
     """First position from `start` on where a and b differ or one of them ends."""
     stop = min(len(a), len(b))
     while start < stop and a[start] == b[start]:

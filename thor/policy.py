@@ -1,27 +1,45 @@
-"""Models: loading, saving, and the log-probs of chosen tokens with gradients.
+"""Models: loading, sharding, saving, the log-probs of chosen tokens with gradients, and the optimizer step.
 
 Shapes: B sequences, T distinct tokens of their tree, N scored tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import os
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
-from thor.attention import Tree, use_layout_attention
+from thor.attention import Tree, common_prefix, use_layout_attention
 from thor.demo_model import ModelError, demo_model
-from thor.runlog import Run
+from thor.ranks import add_up, gather, rank, world_size
+from thor.runlog import Run, UserError, write_atomic
 
 DEMO_MODEL = "smollm2-135m"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0, in the CPU's memory
 
 
 def load_policy(name: str, device: str = "auto", dtype: str = "float32") -> tuple[PreTrainedModel, object]:
@@ -58,61 +76,158 @@ def load_policy(name: str, device: str = "auto", dtype: str = "float32") -> tupl
 
 
 def save_policy(model: PreTrainedModel, tokenizer, folder: Path) -> None:
-    """Write a plain Hugging Face folder that transformers and vLLM load."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write a plain Hugging Face folder that transformers and vLLM load: whole parameters, no value head."""
+    state = get_model_state_dict(model, options=WHOLE)  # all ranks help to gather it
+    if rank() == 0:
+        # named_parameters has tied parameters once, under the name that transformers stores them by
+        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        policy = {name: state[name] for name in state if name in names and not name.startswith("value_head.")}
+        model.save_pretrained(folder, state_dict=policy)
+        tokenizer.save_pretrained(folder)
+
+
+# ---- what training adds to a model ----------------------------------------------------------------------------------
+
+
+def add_value_head(model: PreTrainedModel) -> None:
+    """A critic that shares the policy's body: values = value_head(hidden state), one for each level, 0 at first.
+
+    Trajectory and step level have rewards of different meaning (the answer is right, the block runs) at the same
+    tokens, so each has its own output.
+    """
+    hidden = model.config.get_text_config().hidden_size
+    model.value_head = torch.nn.Linear(hidden, 2, device=model.device, dtype=model.dtype)
+    torch.nn.init.zeros_(model.value_head.weight)
+    torch.nn.init.zeros_(model.value_head.bias)
+
+
+def checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, a third more time."""
+    for layer in decoder_layers(model):  # transformers' own switch works only in training mode, which has dropout
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def sampling_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """What HFEngine samples from: `model` itself, or, where that is going to be sharded, a whole copy on each rank.
+
+    The copy is in bfloat16 on a GPU. `HFEngine.update_weights(policy_parameters(model))` brings it up to date.
+    """
+    if not dist.is_initialized():
+        return model
+    clone = copy.deepcopy(model)
+    if model.device.type == "cuda":
+        for parameter in clone.parameters():  # not clone.to(), which would round the rotary frequencies too
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return clone
+
+
+def shard(model: PreTrainedModel) -> None:
+    """Divide parameters, gradients and optimizer state among the ranks (FSDP2), if there is a process group.
+
+    On GPUs a layer computes in bfloat16; its parameters, and the sum of gradients over ranks, stay in float32. Each
+    layer is gathered when it is its turn; embeddings, head and value head stay gathered from forward to backward.
+    torch's own fully_shard and not accelerate, which refuses to shard on CPUs, where this is tested.
+    """
+    if not dist.is_initialized():
+        return
+    kind = model.device.type
+    mesh = dist.init_device_mesh(kind, (world_size(),))
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    how = {"mesh": mesh, "mp_policy": bf16 if kind == "cuda" else MixedPrecisionPolicy()}
+    for layer in decoder_layers(model):
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
+    model.score_pairs = types.MethodType(_score_pairs, model)
+    register_fsdp_forward_method(model, "score_pairs")
+
+
+def policy_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole parameter) without the value head, one after the other; all ranks must go through all of them."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("value_head."):
+            yield name, parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+# ---- scoring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Scores:
-    """Log-probs and entropies [N] of the scored tokens, sequence after sequence, in float32; logp has gradients."""
+    """Of the scored tokens, sequence after sequence, in float32: log-probs [N] with gradients, entropies [N].
+
+    value: [N, 2] with gradients, of the state before each token, if the model has a value head (see add_value_head).
+    """
 
     logp: torch.Tensor
     entropy: torch.Tensor
+    value: torch.Tensor | None = None
 
 
 def score_tokens(
-    model: PreTrainedModel, sequences: list[list[int]], scored: list[list[int]], temperature: float, chunk: int = 1024
+    model: PreTrainedModel,
+    sequences: list[list[int]],
+    scored: list[list[int]],
+    temperature: float,
+    chunk: int = 1024,
+    tree: bool = True,
 ) -> Scores:
     """log p(token | all before it) at temperature, for the tokens at positions `scored[b]` (>= 1) of sequence b.
 
-    The sequences are merged into a tree, so that a shared prefix is computed once. Only states that predict a scored
-    token are projected to the vocabulary, `chunk` of them at a time and again in the backward pass: logits [T, V] never
-    exist at once.
+    The sequences are merged into a tree, so that a shared prefix is computed once (tree=False: they stand whole side
+    by side). Only states that predict a scored token are projected to the vocabulary, `chunk` of them at a time and
+    again in the backward pass: logits [T, V] never exist at once.
     """
-    tree, device = Tree(sequences), model.device
+    layout = Tree(sequences, share=tree)
+    pairs = [(layout.index[b][p - 1], sequences[b][p]) for b, positions in enumerate(scored) for p in positions]
+    pairs = torch.tensor(pairs, device=model.device, dtype=torch.long).reshape(-1, 2)
+    # a sharded model is gathered only inside its own methods, see `shard`
+    score = getattr(model, "score_pairs", None) or types.MethodType(_score_pairs, model)
+    return Scores(*score(layout, pairs, temperature, chunk))
+
+
+def _score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temperature: float, chunk: int):
+    """(logp, entropy, value) for `pairs` [N, 2] of (place of the predicting state in the row, id of its target)."""
     hidden = model.base_model(
-        input_ids=torch.tensor([tree.token_ids], device=device),
-        position_ids=torch.tensor([tree.positions], device=device),
+        input_ids=torch.tensor([layout.token_ids], device=pairs.device),
+        position_ids=torch.tensor([layout.positions], device=pairs.device),
         use_cache=False,
-        layout=tree,
+        layout=layout,
     ).last_hidden_state[0]
-    pairs = [(tree.index[b][p - 1], sequences[b][p]) for b, positions in enumerate(scored) for p in positions]
-    states, targets = torch.tensor(pairs, device=device, dtype=torch.long).reshape(-1, 2).unbind(1)
-    head = model.get_output_embeddings()
+    states, targets = pairs.unbind(1)
+    head, value_head = model.get_output_embeddings(), getattr(model, "value_head", None)
 
     def project(states: torch.Tensor, targets: torch.Tensor):
         logps = torch.log_softmax(head(states).float() / temperature, -1)
         entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
         return logps.gather(-1, targets[:, None]).squeeze(1), entropy
 
+    # one chunk even if nothing is scored: on many ranks every parameter needs a gradient on each of them
     parts = [
         checkpoint(project, hidden[states[i : i + chunk]], targets[i : i + chunk], use_reentrant=False)
-        for i in range(0, len(pairs), chunk)
+        for i in range(0, max(1, len(pairs)), chunk)
     ]
-    logp, entropy = (
-        (torch.cat(part) for part in zip(*parts, strict=True)) if parts else (hidden.sum(-1)[:0].float(),) * 2
-    )
-    return Scores(logp, entropy)
+    logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logp, entropy, value_head(hidden[states]).float() if value_head else None
 
 
-def micro_batches(sequences: list[list[int]], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `budget` distinct tokens (a longer sequence goes alone), like prefixes together."""
+# ---- micro-batches and the optimizer step ---------------------------------------------------------------------------
+
+
+def micro_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> Iterator[list[int]]:
+    """Indices in batches of at most `budget` distinct tokens (a longer sequence goes alone), like prefixes together.
+
+    A prefix tree over the budget is thereby split into sub-trees, each with a copy of what they share.
+    tree=False: nothing is shared, every token counts.
+    """
     batch: list[int] = []
     tokens, last = 0, []
     for b in sorted(range(len(sequences)), key=sequences.__getitem__):
         new = sequences[b]
-        shared = next((i for i, (x, y) in enumerate(zip(last, new, strict=False)) if x != y), min(len(last), len(new)))
+        shared = common_prefix(last, new) if tree else 0
         if batch and tokens + len(new) - shared > budget:
             yield batch
             batch, tokens, shared = [], 0, 0
@@ -121,6 +236,25 @@ def micro_batches(sequences: list[list[int]], budget: int) -> Iterator[list[int]
         last = new
     if batch:
         yield batch
+
+
+def distinct_tokens(sequences: list[list[int]], tree: bool = True) -> int:
+    """Tokens of the row that `sequences` are laid out in."""
+    ordered = sorted(sequences)
+    shared = sum(common_prefix(a, b) for a, b in pairwise(ordered)) if tree else 0
+    return sum(map(len, ordered)) - shared
+
+
+def rank_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> list[list[int]]:
+    """This rank's micro-batches. All ranks get equally many, of similar size at a time; some may get empty ones."""
+    ranks = world_size()
+    if ranks == 1:
+        return list(micro_batches(sequences, budget, tree))
+    fair = -(-distinct_tokens(sequences, tree) // ranks)
+    batches = list(micro_batches(sequences, min(budget, fair), tree))
+    batches.sort(key=lambda members: -distinct_tokens([sequences[b] for b in members], tree))
+    batches += [[]] * (-len(batches) % ranks)
+    return batches[rank() :: ranks]
 
 
 def optimizer_step(
@@ -132,20 +266,25 @@ def optimizer_step(
     micro_tokens: int,
     clip: float,
     temperature: float = 1.0,
+    tree: bool = True,
 ) -> dict[str, float]:
-    """One step on all `sequences`: gradients are summed over micro-batches, then clipped, then applied.
+    """One step on all `sequences` (the same list on all ranks): gradients are summed, then clipped, then applied.
 
     `loss_of(members, scores)` is the part of the loss that the sequences `members` add, already divided by what is
-    counted over the whole batch, so that the gradient does not depend on how the batch is cut. A loss or gradient
-    that is not finite skips the step: 'skipped' is 1.0 and the weights stay.
+    counted over the whole batch, so that the gradient does not depend on how the batch is cut. A rank that is left
+    without work calls it with no members, so that it joins in what the ranks do together. A loss or gradient that is
+    not finite skips the step: 'skipped' is 1.0 and the weights stay.
     """
     total = 0.0
-    for members in micro_batches(sequences, micro_tokens):
-        scores = score_tokens(model, [sequences[b] for b in members], [scored[b] for b in members], temperature)
+    for members in rank_batches(sequences, micro_tokens, tree):
+        rows = [sequences[b] for b in members] or [sequences[0][:1]]
+        scores = score_tokens(model, rows, [scored[b] for b in members] or [[]], temperature, tree=tree)
         loss = loss_of(members, scores)
-        loss.backward()
+        (loss * world_size()).backward()  # FSDP takes the mean over ranks, wanted is the sum
         total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    total = add_up({"loss": total})["loss"]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     skipped = not (math.isfinite(total) and math.isfinite(norm))
     if not skipped:
         optimizer.step()
@@ -153,23 +292,64 @@ def optimizer_step(
     return {"loss": total, "grad_norm": norm, "skipped": float(skipped)}
 
 
-CHECKPOINT = "checkpoints/latest.pt"
+# ---- guards and checkpoints -----------------------------------------------------------------------------------------
+
+MAX_SKIPPED = 3  # optimizer steps in a row, then a run stops
+CHECKPOINTS = "checkpoints"
 
 
-def save_checkpoint(run: Run, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: dict) -> None:
-    """Everything that a resumed run needs, in one file that takes the place of the one before when it is whole."""
-    path = run / CHECKPOINT
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}, temporary)
+def dump_skipped(run: Run, name: str, records: list[dict]) -> None:
+    """The batch of a skipped step, to look at: skipped/<name>-rank<r>.jsonl with what this rank had of it."""
+    folder = run / "skipped"
+    folder.mkdir(parents=True, exist_ok=True)  # on a node of its own it is not there yet
+    write_atomic(folder / f"{name}-rank{rank()}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+
+
+def not_finite(run: Run) -> UserError:
+    return UserError(
+        f"{MAX_SKIPPED} optimizer steps in a row had a loss or gradient that is not finite, and were left out; "
+        f"their batches are in {run / 'skipped'}, the weights before them in {run / CHECKPOINTS}"
+    )
+
+
+def save_checkpoint(
+    run: Run, model: PreTrainedModel, optimizer: torch.optim.Optimizer, number: int, progress: dict, keep: int
+) -> None:
+    """checkpoints/<number>.pt: all that a resumed run needs; the newest `keep` stay, latest.pt links to the last.
+
+    Parameters and optimizer state are whole in it, by name, so that any number of ranks can load it. A file and then
+    the link get their names when they are whole: wherever a run is killed, latest.pt is a good checkpoint.
+    """
+    state = {
+        "model": get_model_state_dict(model, options=WHOLE),
+        # without a step taken there is no state, and asking for it would make some
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else None,
+        "progress": progress,
+    }
+    if rank():
+        return
+    folder = run / CHECKPOINTS
+    folder.mkdir(exist_ok=True)
+    path, temporary, link = folder / f"{number:06d}.pt", folder / "checkpoint.tmp", folder / "link.tmp"
+    torch.save(state, temporary)
     os.replace(temporary, path)
+    link.unlink(missing_ok=True)  # of a run that was killed here
+    link.symlink_to(path.name)
+    os.replace(link, folder / "latest.pt")
+    for old in sorted(folder.glob("[0-9]*.pt"))[:-keep]:
+        old.unlink()
 
 
 def restore(run: Run, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict:
     """Load the run's checkpoint, if there is one; returns its progress (empty for a fresh run)."""
-    if not (run / CHECKPOINT).exists():
+    path, state = run / CHECKPOINTS / "latest.pt", {}
+    if rank() == 0 and path.exists():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    progress, stepped = gather((state.get("progress"), bool(state.get("optimizer"))))[0]
+    if progress is None:
         return {}
-    state = torch.load(run / CHECKPOINT, map_location=model.device, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["progress"]
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
+    set_model_state_dict(model, state.get("model", {}), options=whole)
+    if stepped:
+        set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=whole)
+    return progress

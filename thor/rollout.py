@@ -11,7 +11,7 @@ import hashlib
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,10 +57,13 @@ def drive(
     executor: Executor,
     done: Callable[[int, Any], None] | None = None,
     in_flight: int | None = None,
+    deterministic: bool = False,
 ) -> list[Any]:
     """Run all tasks to their end; returns their return values in order. `done(index, value)` is called as each ends.
 
     in_flight: tasks under way at once (default: all); with fewer, an engine keeps what each has computed so far.
+    deterministic: wait for all submitted code before each step of the engine. Which requests share a batch, and with it
+    the rounding of every float, then depends on the tasks alone and not on how fast tools answer.
     """
     tasks = list(tasks)
     values: list[Any] = [None] * len(tasks)
@@ -95,14 +98,18 @@ def drive(
             for e in busy:
                 for completion in e.step():
                     resume(waiting.pop((id(e), completion.id)), completion)
-            finished = wait(running, None if not busy else 0, FIRST_COMPLETED).done if running else ()
-            for future in sorted(finished, key=lambda f: running[f][0]):
-                i, code, tries = running.pop(future)
-                result = future.result()
-                if result.status == "infra" and tries < INFRA_TRIES:
-                    running[executor.submit(code)] = (i, code, tries + 1)
-                else:
-                    resume(i, result)
+            while running:
+                patience = None if deterministic or not busy else 0
+                finished = wait(running, patience, ALL_COMPLETED if deterministic else FIRST_COMPLETED).done
+                for future in sorted(finished, key=lambda f: running[f][0]):
+                    i, code, tries = running.pop(future)
+                    result = future.result()
+                    if result.status == "infra" and tries < INFRA_TRIES:
+                        running[executor.submit(code)] = (i, code, tries + 1)
+                    else:
+                        resume(i, result)
+                if not deterministic:
+                    break
     finally:
         for task in tasks:
             task.close()
@@ -250,6 +257,7 @@ def solve(
     stop_on_failure: bool = False,
     listener: Listener | None = None,
     done: Callable[[int, Trajectory], None] | None = None,
+    deterministic: bool = False,
 ) -> list[Trajectory]:
     """One trajectory for each entry of `problems` (repeat an entry G times for a group), in their order.
 
@@ -259,7 +267,7 @@ def solve(
     stays and the model goes on. Discarded tokens and corrections are counted in the trajectory.
     stop_on_failure: a failed block (after the tries) ends the trajectory, finish 'failed_code'.
     A trajectory whose sandbox failed has finish 'infra': drop it, it says nothing about the policy.
-    `done(index, trajectory)` is called as each one ends.
+    `done(index, trajectory)` is called as each one ends. deterministic: see `drive`.
     """
     if max_rounds is not None:
         sampling = replace(sampling, max_rounds=max_rounds)
@@ -271,7 +279,7 @@ def solve(
         tasks.append(
             think_act_observe(engine, problem, name, sampling, self_correct, suffix_tokens, stop_on_failure, listener)
         )
-    return drive(tasks, engine, executor, done)
+    return drive(tasks, engine, executor, done, deterministic=deterministic)
 
 
 # ---- step level -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+import traceback
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
+
+from thor.ranks import end_ranks, first_to_fail, gather, rank
 
 S = TypeVar("S")
 
@@ -38,24 +41,57 @@ def at_least(settings: Any, **bounds: int) -> None:
 
 @contextlib.contextmanager
 def user_errors(flag: str = "") -> Iterator[None]:
-    """Around reading input (named by `flag`): a fault ends the program with one line and exit code 2, no traceback."""
+    """Around reading input (named by `flag`): a fault ends the program with one line and exit code 2, no traceback.
+
+    With many ranks a fault of any of them ends all, with that rank's line.
+    """
+    fault = ""
     try:
         yield
     except (UserError, ValueError, OSError, RuntimeError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {flag and flag + ' '}{error}", file=sys.stderr)
+        fault = f"{flag and flag + ' '}{error}"
+    faults = gather(fault)
+    if any(faults):
+        first = next(r for r, text in enumerate(faults) if text)
+        if rank() == first:
+            print(f"{Path(sys.argv[0]).name}: error: {f'rank {first}: ' if first else ''}{fault}", file=sys.stderr)
         sys.exit(2)
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main; Ctrl-C ends it with one line that says how to go on."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # they would write over each other's run folder
-        sys.exit(f"{Path(sys.argv[0]).name}: error: started as {os.environ['WORLD_SIZE']} processes, one is supported")
+def run_main(main: Callable[[], None], many_ranks: bool = False) -> None:
+    """Run a script's main; Ctrl-C ends it with one line that says how to go on, and so does a UserError.
+
+    many_ranks: torchrun may start it more than once. A rank that fails then says so and is gone at once, without
+    waiting for the others; torchrun ends those.
+    """
+    name, ranks = Path(sys.argv[0]).name, int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and not many_ranks:  # they would write over each other's run folder
+        sys.exit(f"{name}: error: started as {ranks} processes, one is supported")
+    code = 0
     try:
         main()
     except KeyboardInterrupt:
-        name = Path(sys.argv[0]).name
-        print(f"\n{name}: interrupted; a run folder is continued by the same command with --resume", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+        if rank() == 0:
+            print(
+                f"\n{name}: interrupted; a run folder is continued by the same command with --resume", file=sys.stderr
+            )
+    except UserError as error:
+        code = 2
+        if rank() == 0:  # all ranks come to such an end together
+            print(f"\n{name}: error: {error}", file=sys.stderr)
+    except Exception:
+        if ranks == 1:
+            raise
+        code = 1
+        if first_to_fail():
+            print("".join(f"rank {rank()}: {line}\n" for line in traceback.format_exc().splitlines()), file=sys.stderr)
+    if code and ranks > 1:
+        sys.stderr.flush()
+        os._exit(code)  # the ordinary way out would wait for the ranks that wait for this one
+    end_ranks()
+    if code:
+        sys.exit(code)
 
 
 def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positional: str = "") -> S:
@@ -89,7 +125,7 @@ class Run:
     """The folder of one run.
 
     resume=False refuses a folder that holds anything; resume=True takes up what is there (an empty one is fine) and
-    refuses settings other than those of its config.json, `resume` aside.
+    refuses settings other than those of its config.json, `resume` aside. Only rank 0 writes.
     """
 
     def __init__(self, folder: str, settings: Any, resume: bool) -> None:
@@ -107,6 +143,8 @@ class Run:
 
     def start(self) -> None:
         """Make the folder, once all input is known to be good: a failed start leaves nothing behind."""
+        if rank():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.write_json("config.json", self._config)
 
@@ -114,10 +152,13 @@ class Run:
         return self.folder / name
 
     def write_json(self, name: str, value: Any) -> None:
-        write_atomic(self / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        if rank() == 0:
+            write_atomic(self / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def append(self, name: str, record: dict) -> None:
         """Add one line to a jsonl file (a line torn by a crash is dropped by `read`)."""
+        if rank():
+            return
         with (self / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -139,11 +180,15 @@ class Run:
 
     def rewind(self, name: str, keep: Callable[[dict], bool]) -> None:
         """After a resume: drop the records behind the checkpoint, they will be written again."""
+        if rank():
+            return
         records = self.read(name)
         write_atomic(self / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records if keep(r)))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line in metrics.jsonl, one point a metric in TensorBoard."""
+        if rank():
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
@@ -156,7 +201,10 @@ class Run:
 
     @contextlib.contextmanager
     def whole_folder(self, name: str) -> Iterator[Path]:
-        """A folder to fill, which gets its name only when the block ends well."""
+        """A folder that rank 0 fills, and which gets its name only when the block ends well."""
+        if rank():
+            yield self / name
+            return
         target, temporary = self / name, self / f"{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -1,0 +1,83 @@
+"""Many processes, one run: torchrun starts one rank for each GPU, on one node or several, and all run the same script.
+
+What keeps this small: every rank holds the whole list of samples and comes to the same decisions from it. Only work is
+divided - whose prompts a rank samples (`gather` then gives the results to all), and which micro-batches it computes -
+so the number of ranks changes nothing but the time. Parameters, gradients and optimizer state are sharded (policy.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_store: dist.Store | None = None  # a few keys that all ranks see
+
+
+def rank() -> int:
+    """Number of this process; 0 is the one that prints, logs and saves."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_ranks(device: str, timeout: float) -> str:
+    """Join the ranks that torchrun started, if it did; returns this rank's device.
+
+    device: 'cpu', 'cuda', or 'auto' (a GPU where there is one). timeout: seconds after which a rank that waits for the
+    others gives up. A single CPU process stays plain; a single GPU is a group of one, so that it computes as many do.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    elif ranks == 1:
+        return device
+    if not dist.is_initialized():
+        global _store
+        _store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(backend, timeout=limit, store=_store, rank=rank(), world_size=ranks)
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    return device
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank has asked this: those that fail later do so because they wait for one that is gone."""
+    if _store is None:
+        return True
+    return _store.compare_set("failed", "", str(rank())) == str(rank()).encode()
+
+
+def end_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def workers() -> int:
+    """Interpreters for each rank's executor: the CPUs of this node, divided among its ranks."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value` of every rank, on every rank, in their order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def add_up(values: dict[str, float]) -> dict[str, float]:
+    """Sums over the ranks, which all have the same keys."""
+    return {key: sum(part[key] for part in parts) for parts in [gather(values)] for key in values}
