@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from thor.engine import Completion, Request, StopRule
 from thor.fences import TextStream
+from thor.runlog import UserError
 
 VLLM_TRIED = ("0.32",)  # minor versions that the tests have passed with; keep in step with pyproject.toml
 
@@ -278,6 +279,10 @@ TRIES, BACKOFF = 6, 0.5  # tries of one turn; seconds before the second, doubled
 PASSING = (429, 500, 502, 503, 504)  # statuses that are worth another try
 
 
+class ServerError(UserError, ConnectionError):
+    """A server is down, is not what it should be, or failed too often; the message is one line."""
+
+
 class HTTPEngine:
     """The completions route of a running `vllm serve`, for sampling alone: a server keeps its weights.
 
@@ -286,7 +291,7 @@ class HTTPEngine:
 
     Log-probs are of the distribution drawn from if the server was started with `--logprobs-mode processed_logprobs`;
     vLLM's default ignores the temperature. Stop rules are fed on a thread of this engine. A turn that is retried starts
-    anew with the same seed, and a listener hears it twice. Faults are ConnectionErrors of one line.
+    anew with the same seed, and a listener hears it twice. Every fault of the server is a ServerError.
     """
 
     def __init__(self, url: str, rows: int = 64, silence: float = 600.0) -> None:
@@ -298,7 +303,7 @@ class HTTPEngine:
             self.tokenizer = AutoTokenizer.from_pretrained(served["root"])
             self.eos = end_tokens(served["root"], self.tokenizer)
         except (OSError, ValueError) as error:
-            raise ConnectionError(
+            raise ServerError(
                 f"{self.url}: serves {served['root']}, whose tokenizer is needed here and is neither a folder of this "
                 "machine nor on the hub"
             ) from error
@@ -342,14 +347,14 @@ class HTTPEngine:
             entries = response.json()["data"]
             names = [entry["id"] for entry in entries]
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise ConnectionError(f"{self.url}: no answer ({error}); is `vllm serve` running there?") from error
+            raise ServerError(f"{self.url}: no answer ({error}); is `vllm serve` running there?") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ConnectionError(f"{self.url}: answers, but not as `vllm serve` does") from error
+            raise ServerError(f"{self.url}: answers, but not as `vllm serve` does") from error
         if not entries or (name and name not in names):
-            raise ConnectionError(f"{self.url}: serves {', '.join(names) or 'nothing'}, not {name or 'a model'}")
+            raise ServerError(f"{self.url}: serves {', '.join(names) or 'nothing'}, not {name or 'a model'}")
         entry = entries[names.index(name) if name else 0]
         if not (entry.get("root") and entry.get("max_model_len")):
-            raise ConnectionError(f"{self.url}: does not say `root` and `max_model_len` of its model; is it vLLM?")
+            raise ServerError(f"{self.url}: does not say `root` and `max_model_len` of its model; is it vLLM?")
         return entry
 
     async def _complete(self, request: Request, room: int) -> Completion:
@@ -384,10 +389,10 @@ class HTTPEngine:
                     else:
                         fault = f"{response.status_code}: {_message(await response.aread())}"
                         if response.status_code not in PASSING:
-                            raise ConnectionError(f"{self.url}: refused the request with {fault}")
+                            raise ServerError(f"{self.url}: refused the request with {fault}")
             except httpx2.TransportError as error:
                 fault = f"{type(error).__name__} {error}".strip()
-        raise ConnectionError(f"{self.url}: request {request.id} failed {TRIES} times, at last with {fault}")
+        raise ServerError(f"{self.url}: request {request.id} failed {TRIES} times, at last with {fault}")
 
     async def _read(self, response: httpx2.Response, turn: _Turn) -> Completion | None:
         """Feed the stream to the turn; None where the stream ends first. Leaving it unread makes the server abort."""
@@ -400,7 +405,7 @@ class HTTPEngine:
                 return None
             for choice in chunk["choices"]:  # none in a chunk that reports usage
                 if choice.get("token_ids") is None:
-                    raise ConnectionError(f"{self.url}: returned no token ids; is it a vLLM with `return_token_ids`?")
+                    raise ServerError(f"{self.url}: returned no token ids; is it a vLLM with `return_token_ids`?")
                 logps = (choice.get("logprobs") or {}).get("token_logprobs") or [None] * len(choice["token_ids"])
                 for token, logp in zip(choice["token_ids"], logps, strict=True):
                     completion = turn.push(token, logp)

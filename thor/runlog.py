@@ -47,7 +47,7 @@ def user_errors(flag: str = "") -> Iterator[None]:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main; Ctrl-C ends it with one line that says how to go on."""
+    """Run a script's main; Ctrl-C, or a fault that the user can mend, ends it with one line."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # they would write over each other's run folder
         sys.exit(f"{Path(sys.argv[0]).name}: error: started as {os.environ['WORLD_SIZE']} processes, one is supported")
     try:
@@ -56,6 +56,9 @@ def run_main(main: Callable[[], None]) -> None:
         name = Path(sys.argv[0]).name
         print(f"\n{name}: interrupted; a run folder is continued by the same command with --resume", file=sys.stderr)
         sys.exit(130)
+    except UserError as error:  # after the start, say of a server that went away
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positional: str = "") -> S:
