@@ -1,4 +1,7 @@
-"""VLLMEngine against HFEngine and the trainer. Needs vLLM: .ci/run runs this in an environment of its own."""
+"""vLLM, in process and as a server, against HFEngine and the trainer.
+
+Needs vLLM (.ci/run has an environment of its own for it); the last part also the demo model, 93 MB on first use.
+"""
 
 import importlib.util
 import os
@@ -6,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +17,17 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 
+import thor.rollout
 from thor import engine_vllm
-from thor.engine import Request
-from thor.engine_vllm import VLLMEngine
-from thor.fences import FenceParser, TextStream, decode
+from thor.data import load_problems
+from thor.demo_model import ModelError, demo_model
+from thor.engine import HFEngine, Request
+from thor.engine_vllm import HTTPEngine, ServerError, VLLMEngine
+from thor.fences import FenceParser, TextStream, decode, encode
 from thor.policy import load_policy, score_tokens
+from thor.prompts import few_shot_actor
+from thor.rollout import Sampling, solve
+from thor.trajectory import Trajectory
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -348,3 +358,122 @@ def test_two_ranks_have_an_engine_each(tmp_path):
     assert [process.returncode for process in ranks] == [0, 0], outputs[0][1][-3000:].decode()
     totals = [line.split()[1::2] for out, _ in outputs for line in out.decode().splitlines() if line[:5] == "total"]
     assert len(totals) == 2 and totals[0][0] == totals[1][0] == str(sum(int(own) for _, own in totals))
+
+
+# ---- the demo model, three engines ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder():
+    try:
+        return str(demo_model())
+    except ModelError as error:
+        pytest.skip(f"the demo model is not to be had here: {error}")
+
+
+@pytest.fixture(scope="module")
+def demo(folder):
+    """(trainer's model, HFEngine on it)."""
+    model, tokenizer = load_policy(folder, "cpu")
+    return model, HFEngine(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def url(folder, tmp_path_factory):
+    """A real server on loopback. The module is what the command `vllm serve` runs, which vllm-cpu 0.32 lacks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--block-size", "32"]
+    command += ["--max-model-len", "2048", "--logprobs-mode", "processed_logprobs"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as server:
+        try:
+            for _ in range(300):
+                try:
+                    HTTPEngine(f"http://127.0.0.1:{port}")
+                    break
+                except ServerError:
+                    assert server.poll() is None, log.read_text()[-3000:]
+                    time.sleep(1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module", params=["vllm", "http"])
+def other(request, folder):
+    """The demo model in vLLM, in process and then served."""
+    if request.param == "vllm":
+        return VLLMEngine(folder, rows=16)
+    return HTTPEngine(request.getfixturevalue("url"), rows=16)
+
+
+@pytest.fixture
+def writes_code(monkeypatch):
+    """Under this prompt the untrained model, too, writes blocks, one after another."""
+
+    def few_shot_prompt(tokenizer, question: str) -> list[int]:
+        return encode(tokenizer, few_shot_actor(question) + f"Question: {question}\n")
+
+    monkeypatch.setattr(thor.rollout, "render_prompt", few_shot_prompt)
+
+
+def parted_at(a: Trajectory, b: Trajectory) -> int | None:
+    """Index of the first token at which two responses differ."""
+    if a.token_ids == b.token_ids:
+        return None
+    pairs = zip(a.token_ids, b.token_ids, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def test_greedy_trajectories_equal_those_of_hfengine(demo, other, executor, writes_code):
+    model, ours = demo
+    problems = load_problems("synthetic", limit=10)
+    sampling = Sampling(max_tokens=160, temperature=0, max_rounds=3)
+    reference = solve(ours, executor, problems, sampling)
+    assert sum(len(t.results) for t in reference) >= 10
+    for a, b in zip(reference, solve(other, executor, problems, sampling), strict=True):
+        at = parted_at(a, b)
+        if at is None:
+            assert (a.finish, a.action_mask, len(a.steps)) == (b.finish, b.action_mask, len(b.steps))
+            assert np.allclose(a.logp_sampler, b.logp_sampler, atol=1e-3)
+            continue
+        candidates = [a.token_ids[at], b.token_ids[at]]
+        sequences = [a.prompt_ids + a.token_ids[:at] + [token] for token in candidates]
+        with torch.no_grad():
+            logps = score_tokens(model, sequences, [[len(ids) - 1] for ids in sequences], 1.0).logp
+        assert abs(logps[0] - logps[1]) < 1e-3, f"parted at token {at} of {a.problem.id}"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_trajectories_have_the_trainers_log_probs(demo, other, executor, writes_code, temperature):
+    model, _ = demo
+    sampling = Sampling(max_tokens=120, temperature=temperature, max_rounds=3, seed=2)
+    trajectories = solve(other, executor, load_problems("synthetic", limit=6), sampling)
+    assert sum(len(t.results) for t in trajectories) >= 3
+    scored = [[len(t.prompt_ids) + i for i, m in enumerate(t.action_mask) if m] for t in trajectories]
+    sampled = [lp for t in trajectories for lp, m in zip(t.logp_sampler, t.action_mask, strict=True) if m]
+    with torch.no_grad():
+        scores = score_tokens(model, [t.prompt_ids + t.token_ids for t in trajectories], scored, temperature)
+    assert (scores.logp - torch.tensor(sampled)).abs().max() < 1e-3
+
+
+def test_a_turn_is_the_same_for_a_seed_and_cut_at_its_stop(other):
+    request = Request("a", encode(other.tokenizer, "Once upon a time"), 24, seed=11)
+    first, second = complete(other, [request])["a"], complete(other, [request])["a"]
+    assert first.token_ids == second.token_ids and len(first.token_ids) == 24
+    rule = StopAfter(7)
+    request = Request("a", request.token_ids, 24, seed=11, stop=rule)
+    cut = complete(other, [request])["a"]
+    assert cut.token_ids == first.token_ids[:7] and cut.finish == "stop"
+
+
+def test_a_model_that_the_server_does_not_have(url):
+    with pytest.raises(ServerError, match="not another-model"):
+        HTTPEngine(f"{url}#another-model")
+    engine = HTTPEngine(url)
+    engine.model = "another-model"  # as if the server had been started anew with another one
+    with pytest.raises(ServerError, match=r"refused the request with 404: .*another-model"):
+        complete(engine, [Request("a", [1, 2, 3], 4)])
