@@ -27,6 +27,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -34,16 +35,19 @@ from tqdm import tqdm
 
 from thor.data import load_problems
 from thor.engine import HFEngine
+from thor.engine_vllm import VLLMEngine
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, grade, held_out, table
 from thor.executor import Executor
 from thor.policy import (
     Scores,
     load_policy,
     micro_batches,
+    model_source,
     optimizer_step,
     restore,
     save_checkpoint,
     save_policy,
+    score_text,
     score_tokens,
 )
 from thor.rollout import Sampling, derive_seed, drive, regenerate_step, solve
@@ -86,6 +90,9 @@ class Settings:
     max_tokens: int = field(default=144, metadata={"help": "longest response in tokens (paper: 3,200)"})
     max_rounds: int = field(default=2, metadata={"help": "tool calls of a trajectory (paper: 5)"})
     temperature: float = field(default=1.0, metadata={"help": "of sampler and trainer (paper: 1.0)"})
+    sampler: str = field(
+        default="hf", metadata={"help": "engine: 'hf' shares the trainer's weights, 'vllm' gets them each iteration"}
+    )
     rows: int = field(default=64, metadata={"help": "requests that decode at once"})
     micro_tokens: int = field(default=1024, metadata={"help": "distinct tokens in one forward and backward pass"})
     timeout: float = field(default=5.0, metadata={"help": "seconds a snippet may run"})
@@ -397,6 +404,7 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
     reference = copy.deepcopy(model) if settings.kl_coef else None  # before a checkpoint is loaded
     progress = restore(run, model, optimizer) or {"iteration": 0, "cursor": 0}
     start, cursor = progress["iteration"], progress["cursor"]
+    engine.update_weights(model.named_parameters())  # those of the checkpoint
     for name in ("metrics.jsonl", "trajectories.jsonl"):
         run.rewind(name, lambda record: record["step"] < start)
     bar = tqdm(total=settings.iterations, initial=start, desc="rl", unit="iteration")
@@ -414,6 +422,8 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
         bar.set_postfix_str("updating")
         metrics: dict[str, float] = {}
         if examples:
+            if settings.sampler == "vllm":
+                engine.sleep()  # until the new weights come: its memory is the trainer's meanwhile
             random.Random(derive_seed(settings.seed, iteration, "batches")).shuffle(examples)
             if settings.updates > 1:
                 fill_logps(model, examples, "logp_old", settings)
@@ -452,6 +462,8 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         if settings.estimator != "grpo":
             raise UserError(f"--estimator {settings.estimator}: only 'grpo' is there")
+        if settings.sampler not in ("hf", "vllm"):
+            raise UserError(f"--sampler {settings.sampler}: 'hf' or 'vllm'")
         at_least(
             settings, iterations=1, prompts=1, group=2, updates=1, max_draws=1, rows=1, micro_tokens=1, save_every=1
         )
@@ -463,8 +475,11 @@ def main(argv: list[str] | None = None) -> None:
     with Executor(timeout=settings.timeout) as executor:
         with user_errors():
             model, tokenizer = load_policy(settings.model, settings.device)
+            if settings.sampler == "vllm":
+                engine = VLLMEngine(model_source(settings.model), settings.rows, score=partial(score_text, model))
+            else:
+                engine = HFEngine(model, tokenizer, max_rows=settings.rows)
             run.start()
-        engine = HFEngine(model, tokenizer, max_rows=settings.rows)
         train(model, tokenizer, engine, executor, problems, run, settings)
         with run.whole_folder("final") as folder:
             save_policy(model, tokenizer, folder)

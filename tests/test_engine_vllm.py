@@ -4,12 +4,14 @@ Needs vLLM (.ci/run has an environment of its own for it); the last part also th
 """
 
 import importlib.util
+import json
 import os
 import random
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 
+import run_rl
 import thor.rollout
 from thor import engine_vllm
 from thor.data import load_problems
@@ -24,7 +27,7 @@ from thor.demo_model import ModelError, demo_model
 from thor.engine import HFEngine, Request
 from thor.engine_vllm import HTTPEngine, ServerError, VLLMEngine
 from thor.fences import FenceParser, TextStream, decode, encode
-from thor.policy import load_policy, score_tokens
+from thor.policy import load_policy, score_text, score_tokens
 from thor.prompts import few_shot_actor
 from thor.rollout import Sampling, solve
 from thor.trajectory import Trajectory
@@ -36,14 +39,6 @@ ROOT = Path(__file__).parent.parent
 # one token that closes a block and carries text beyond it
 WORDS = ("\n```python\n", "print(1)", "\n```\nand more", "\\boxed{1}")
 SHAPE = dict(hidden_size=128, head_dim=32)  # vLLM's CPU attention has no smaller heads
-
-
-def scored_by(model):
-    @torch.no_grad()
-    def score(ids: list[int]) -> list[float]:
-        return score_tokens(model, [ids], [list(range(1, len(ids)))], 1.0).logp.tolist()
-
-    return score
 
 
 def saved(folder: Path, tied: bool = False, seed: int = 0):
@@ -59,7 +54,7 @@ def training(request, tmp_path_factory):
     """(engine, trainer's model), on weights of their own each time."""
     folder = tmp_path_factory.mktemp(request.param)
     model = saved(folder, tied=request.param == "tied")
-    return VLLMEngine(str(folder), rows=8, score=scored_by(model)), model
+    return VLLMEngine(str(folder), rows=8, score=partial(score_text, model)), model
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +292,7 @@ def test_weights_are_refused_where_they_could_not_be_proved(engine):
 
 def test_a_bfloat16_engine_under_a_float32_trainer(tmp_path):
     model = saved(tmp_path, tied=True)
-    engine = VLLMEngine(str(tmp_path), rows=4, score=scored_by(model), dtype="bfloat16")
+    engine = VLLMEngine(str(tmp_path), rows=4, score=partial(score_text, model), dtype="bfloat16")
     shake(model, 1)
     engine.update_weights(model.named_parameters())
     prompt = prompts(1)[0]
@@ -306,6 +301,29 @@ def test_a_bfloat16_engine_under_a_float32_trainer(tmp_path):
     shake(model, 2)
     with pytest.raises(RuntimeError, match="in torch.bfloat16"):
         engine.update_weights((n, p) for n, p in model.named_parameters() if "layers.1" not in n)
+
+
+def test_rl_samples_from_the_weights_that_it_trains(tmp_path):
+    """The whole script: log-probs of sampler and trainer agree after each update, and after a resume."""
+    tokenizer = byte_tokenizer(("\\boxed{4}", "\\boxed{5}"))
+    model = tiny_llama(tokenizer, tie_word_embeddings=True, **SHAPE)
+    with torch.no_grad():  # likely answers and likely ends, so that some groups carry a signal
+        words = tokenizer.convert_tokens_to_ids(["\\boxed{4}", "\\boxed{5}", tokenizer.eos_token])
+        model.get_input_embeddings().weight[words] *= 4
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"question": "2 + 2 = ?", "answer": "4"}\n' * 2)
+    settings = {"data": tmp_path / "data.jsonl", "model": tmp_path / "model", "out": tmp_path / "rl", "sampler": "vllm"}
+    settings |= {"prompts": 2, "group": 16, "max_tokens": 60, "min_tokens": 1, "lr": 1e-3, "evaluate": False}
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    run_rl.main([*flags, "--iterations", "2"])
+    config = (tmp_path / "rl/config.json").read_text()
+    (tmp_path / "rl/config.json").write_text(config.replace('"iterations": 2', '"iterations": 3'))
+    run_rl.main([*flags, "--iterations", "3", "--resume"])
+    metrics = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 3
+    for m in metrics:
+        assert m["tokens_trajectory"] > 0 and m["logp_unknown"] == 0 and m["mismatch_kl"] < 1e-7, m
 
 
 # ---- beside others --------------------------------------------------------------------------------------------------
@@ -331,7 +349,7 @@ from test_engine_vllm import *
 dist.init_process_group("gloo")
 folder, rank = sys.argv[1], dist.get_rank()
 model = load_policy(folder, "cpu")[0]
-engine = VLLMEngine(folder, rows=4, score=scored_by(model))
+engine = VLLMEngine(folder, rows=4, score=partial(score_text, model))
 assert dist.get_world_size() == 2
 done = complete(engine, [Request("a", [1, 2, 3], 8 + 8 * rank, seed=rank)])["a"]  # unequal work: no rank waits
 engine.update_weights(model.named_parameters())
@@ -410,14 +428,25 @@ def other(request, folder):
     return HTTPEngine(request.getfixturevalue("url"), rows=16)
 
 
-@pytest.fixture
-def writes_code(monkeypatch):
+def few_shot_prompt(tokenizer, question: str) -> list[int]:
     """Under this prompt the untrained model, too, writes blocks, one after another."""
+    return encode(tokenizer, few_shot_actor(question) + f"Question: {question}\n")
 
-    def few_shot_prompt(tokenizer, question: str) -> list[int]:
-        return encode(tokenizer, few_shot_actor(question) + f"Question: {question}\n")
 
-    monkeypatch.setattr(thor.rollout, "render_prompt", few_shot_prompt)
+@pytest.fixture(scope="module", autouse=True)
+def writes_code():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thor.rollout, "render_prompt", few_shot_prompt)
+        yield
+
+
+GREEDY = Sampling(max_tokens=120, temperature=0, max_rounds=3)
+
+
+@pytest.fixture(scope="module")
+def reference(demo, executor) -> list[Trajectory]:
+    """HFEngine's greedy trajectories."""
+    return solve(demo[1], executor, load_problems("synthetic", limit=8), GREEDY)
 
 
 def parted_at(a: Trajectory, b: Trajectory) -> int | None:
@@ -428,13 +457,11 @@ def parted_at(a: Trajectory, b: Trajectory) -> int | None:
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
-def test_greedy_trajectories_equal_those_of_hfengine(demo, other, executor, writes_code):
-    model, ours = demo
-    problems = load_problems("synthetic", limit=10)
-    sampling = Sampling(max_tokens=160, temperature=0, max_rounds=3)
-    reference = solve(ours, executor, problems, sampling)
-    assert sum(len(t.results) for t in reference) >= 10
-    for a, b in zip(reference, solve(other, executor, problems, sampling), strict=True):
+def test_greedy_trajectories_equal_those_of_hfengine(demo, other, executor, reference):
+    model, _ = demo
+    assert sum(len(t.results) for t in reference) >= 8
+    theirs = solve(other, executor, [t.problem for t in reference], GREEDY)
+    for a, b in zip(reference, theirs, strict=True):
         at = parted_at(a, b)
         if at is None:
             assert (a.finish, a.action_mask, len(a.steps)) == (b.finish, b.action_mask, len(b.steps))
@@ -448,10 +475,10 @@ def test_greedy_trajectories_equal_those_of_hfengine(demo, other, executor, writ
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_trajectories_have_the_trainers_log_probs(demo, other, executor, writes_code, temperature):
+def test_sampled_trajectories_have_the_trainers_log_probs(demo, other, executor, temperature):
     model, _ = demo
-    sampling = Sampling(max_tokens=120, temperature=temperature, max_rounds=3, seed=2)
-    trajectories = solve(other, executor, load_problems("synthetic", limit=6), sampling)
+    sampling = Sampling(max_tokens=100, temperature=temperature, max_rounds=3, seed=2)
+    trajectories = solve(other, executor, load_problems("synthetic", limit=5), sampling)
     assert sum(len(t.results) for t in trajectories) >= 3
     scored = [[len(t.prompt_ids) + i for i, m in enumerate(t.action_mask) if m] for t in trajectories]
     sampled = [lp for t in trajectories for lp, m in zip(t.logp_sampler, t.action_mask, strict=True) if m]

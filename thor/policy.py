@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 from thor.attention import Tree, use_layout_attention
 from thor.demo_model import ModelError, demo_model
 from thor.engine import Engine, HFEngine
+from thor.engine_vllm import HTTPEngine, VLLMEngine
 from thor.runlog import Run
 
 DEMO_MODEL = "smollm2-135m"
@@ -71,8 +72,6 @@ def load_engine(name: str, device: str, rows: int) -> Engine:
     rows: requests that sample at once. Raises ModelError, ValueError, RuntimeError or ConnectionError, each one line.
     """
     if name.startswith(("http://", "https://", "vllm:")):
-        from thor.engine_vllm import HTTPEngine, VLLMEngine  # here: most users have no vLLM
-
         if device != "auto":
             raise ValueError(f"--device {device}: vLLM chooses its own, leave it out with {name}")
         if name.startswith("vllm:"):
@@ -128,6 +127,12 @@ def score_tokens(
         (torch.cat(part) for part in zip(*parts, strict=True)) if parts else (hidden.sum(-1)[:0].float(),) * 2
     )
     return Scores(logp, entropy)
+
+
+@torch.no_grad()
+def score_text(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
+    """Log-probs of a text's tokens but the first at temperature 1, to which an engine's are held (its `score`)."""
+    return score_tokens(model, [token_ids], [list(range(1, len(token_ids)))], 1.0).logp.tolist()
 
 
 def micro_batches(sequences: list[list[int]], budget: int) -> Iterator[list[int]]:
