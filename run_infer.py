@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from thor.data import load_problems
-from thor.engine import HFEngine
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
 from thor.executor import Executor
 from thor.fences import FenceParser, extract_answer
-from thor.policy import load_policy
+from thor.policy import load_engine
 from thor.rollout import Sampling, solve
 from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors
 from thor.trajectory import Problem, Trajectory
@@ -36,7 +35,12 @@ class Settings:
     data: str = field(default="", metadata={"help": "problems to score: a file, a benchmark's name, or 'synthetic'"})
     split: str = field(default="test", metadata={"help": "split of 'synthetic' or of a hub data set"})
     limit: int = field(default=0, metadata={"help": "number of problems, the first ones; 0: all (64 of 'synthetic')"})
-    model: str = field(default="runs/rl/final", metadata={"help": "demo name, folder or hub id"})
+    model: str = field(
+        default="runs/rl/final",
+        metadata={
+            "help": "demo name, folder or hub id; 'vllm:' before it: by vLLM; or 'http://host:port' of a vllm serve"
+        },
+    )
     self_correct: int = field(default=4, metadata={"help": "tries per step to correct failed code (paper: 4); 0: off"})
     suffix_tokens: int = field(default=100, metadata={"help": "L_suffix: thought tokens sampled anew (paper: 100)"})
     max_tokens: int = field(
@@ -109,7 +113,7 @@ def answer_question(engine, executor, sampling: Sampling, settings: Settings) ->
 def lineage(model: str) -> list[tuple[str, dict]]:
     """Scores of the stages that led to <run>/final, first to last, found through the config.json of each run."""
     rows: list[tuple[str, dict]] = []
-    folder, seen = Path(model).parent, set()
+    folder, seen = Path(model.removeprefix("vllm:")).parent, set()
     while folder not in seen and (folder / "eval.json").is_file() and (folder / "config.json").is_file():
         seen.add(folder)
         rows.insert(0, (f"after {folder.name.upper()}", json.loads((folder / "eval.json").read_text())))
@@ -144,17 +148,16 @@ def main(argv: list[str] | None = None) -> None:
             )
     with Executor(timeout=settings.timeout) as executor:
         with user_errors():
-            model, tokenizer = load_policy(settings.model, settings.device, "auto")
+            engine = load_engine(settings.model, settings.device, settings.rows if run else 1)
             if run:
                 run.start()
-        engine = HFEngine(model, tokenizer, max_rows=settings.rows if run else 1)
         if not run:
             answer_question(engine, executor, sampling, settings)
             return
         run.rewind("trajectories.jsonl", lambda record: record["finish"] != "infra")  # those are tried again
         finished = [Trajectory.from_dict(record) for record in run.read("trajectories.jsonl")]
         known = {t.problem.id for t in finished}
-        name = Path(settings.model).parent.name.upper() or settings.model
+        name = settings.model if "://" in settings.model else Path(settings.model).parent.name.upper() or settings.model
         name += " + self-correction" if settings.self_correct else ""
         summary, _ = evaluate(
             engine,
@@ -163,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
             sampling,
             name,
             finished=finished,
-            save=lambda trajectory: run.write_trajectories("trajectories.jsonl", [trajectory], tokenizer),
+            save=lambda trajectory: run.write_trajectories("trajectories.jsonl", [trajectory], engine.tokenizer),
             self_correct=settings.self_correct,
             suffix_tokens=settings.suffix_tokens,
         )

@@ -32,6 +32,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -39,6 +40,7 @@ from tqdm import tqdm
 
 from thor.data import load_problems
 from thor.engine import HFEngine
+from thor.engine_vllm import VLLMEngine
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, grade, held_out, table
 from thor.executor import Executor
 from thor.policy import (
@@ -48,6 +50,7 @@ from thor.policy import (
     checkpoint_gradients,
     dump_skipped,
     load_policy,
+    model_source,
     not_finite,
     optimizer_step,
     policy_parameters,
@@ -56,6 +59,7 @@ from thor.policy import (
     sampling_copy,
     save_checkpoint,
     save_policy,
+    score_text,
     score_tokens,
     shard,
 )
@@ -106,6 +110,9 @@ class Settings:
     max_tokens: int = field(default=144, metadata={"help": "longest response in tokens (paper: 3,200)"})
     max_rounds: int = field(default=2, metadata={"help": "tool calls of a trajectory (paper: 5)"})
     temperature: float = field(default=1.0, metadata={"help": "of sampler and trainer (paper: 1.0)"})
+    sampler: str = field(
+        default="hf", metadata={"help": "engine: 'hf' shares the trainer's weights, 'vllm' gets them each iteration"}
+    )
     rows: int = field(default=64, metadata={"help": "requests that decode at once"})
     micro_tokens: int = field(default=1024, metadata={"help": "distinct tokens in one forward and backward pass"})
     tree: bool = field(default=True, metadata={"help": "compute shared prefixes once in training; the result is equal"})
@@ -579,6 +586,8 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
         bar.set_postfix_str("updating")
         metrics: dict[str, float] = {}
         if examples:
+            if settings.sampler == "vllm":
+                engine.sleep()  # until the new weights come: its memory is the trainer's meanwhile
             random.Random(derive_seed(settings.seed, iteration, "batches")).shuffle(examples)
             if settings.updates > 1 or settings.estimator == "ppo":
                 fill_logps(model, examples, "logp_old", settings)
@@ -633,6 +642,8 @@ def main(argv: list[str] | None = None) -> None:
         device = start_ranks(settings.device, settings.rank_timeout)
         if settings.estimator not in ("grpo", "ppo"):
             raise UserError(f"--estimator {settings.estimator}: 'grpo' or 'ppo' is wanted")
+        if settings.sampler not in ("hf", "vllm"):
+            raise UserError(f"--sampler {settings.sampler}: 'hf' or 'vllm' is wanted")
         at_least(settings, iterations=1, prompts=1, group=2 if settings.estimator == "grpo" else 1, updates=1)
         at_least(settings, max_draws=1, rows=1, micro_tokens=1, save_every=1, keep=1)
         if settings.temperature <= 0:
@@ -643,8 +654,11 @@ def main(argv: list[str] | None = None) -> None:
     with Executor(workers=workers(), timeout=settings.timeout) as executor:
         with user_errors():
             model, tokenizer = load_policy(settings.model, device)
+            if settings.sampler == "vllm":
+                engine = VLLMEngine(model_source(settings.model), settings.rows, score=partial(score_text, model))
+            else:
+                engine = HFEngine(sampling_copy(model), tokenizer, max_rows=settings.rows)
             run.start()
-        engine = HFEngine(sampling_copy(model), tokenizer, max_rows=settings.rows)
         train(model, tokenizer, engine, executor, problems, run, settings)
         with run.whole_folder("final") as folder:
             save_policy(model, tokenizer, folder)

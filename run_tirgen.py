@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from thor.data import load_problems
-from thor.engine import HFEngine, Request
+from thor.engine import Request
 from thor.executor import Executor
 from thor.fences import FenceParser, decode, encode, extract_answer
-from thor.policy import DEMO_MODEL, load_policy
+from thor.policy import DEMO_MODEL, load_engine
 from thor.prompts import (
     ACTOR_INSTRUCT,
     CRITIC_INSTRUCT,
@@ -50,9 +50,15 @@ class Settings:
     split: str = field(default="train", metadata={"help": "split of 'synthetic' or of a hub data set"})
     limit: int = field(default=128, metadata={"help": "number of problems, the first ones of a file"})
     actor: str = field(
-        default=DEMO_MODEL, metadata={"help": "model that reasons: demo name, folder or hub id (paper: Qwen3-8B)"}
+        default=DEMO_MODEL,
+        metadata={
+            "help": "model that reasons (paper: Qwen3-8B): demo name, folder or hub id; 'vllm:' before it: by vLLM; or "
+            "'http://host:port' of a vllm serve"
+        },
     )
-    critic: str = field(default="", metadata={"help": "model that writes code; empty: the actor's (paper: Qwen3-32B)"})
+    critic: str = field(
+        default="", metadata={"help": "model that writes code (paper: Qwen3-32B), the same forms; empty: the actor's"}
+    )
     template: str = field(
         default="few-shot", metadata={"help": "'few-shot' for small models, 'instruct' for capable chat models"}
     )
@@ -388,9 +394,9 @@ def main(argv: list[str] | None = None) -> None:
         problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
     with Executor(timeout=settings.timeout) as executor:
         with user_errors():
-            actor = critic = HFEngine(*load_policy(settings.actor, settings.device, "auto"), max_rows=settings.rows)
+            actor = critic = load_engine(settings.actor, settings.device, settings.rows)
             if settings.critic and settings.critic != settings.actor:
-                critic = HFEngine(*load_policy(settings.critic, settings.device, "auto"), max_rows=settings.rows)
+                critic = load_engine(settings.critic, settings.device, settings.rows)
             run.start()
         template = TEMPLATES[settings.template](actor.tokenizer, critic.tokenizer)
         # tries whose prompts begin alike stand together, so that what they share is in the engine's cache

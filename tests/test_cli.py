@@ -58,6 +58,7 @@ GOOD_ROW = json.dumps({"question": "2 + 2 = ? é", "answer": "4"})
         ("rl", ["--lr", "fast"], ["--lr", "fast"]),
         ("rl", ["--estimator", "ppo3"], ["--estimator ppo3"]),
         ("rl", ["--group", "1"], ["--group 1"]),
+        ("rl", ["--sampler", "magic"], ["--sampler magic"]),
         ("infer", ["--rows", "0"], ["--rows 0"]),
         ("rl", ["--temperature", "0"], ["--temperature 0"]),
         ("infer", ["--data", "missing.jsonl"], ["--data", "missing.jsonl"]),

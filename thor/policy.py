@@ -35,11 +35,27 @@ from transformers.utils import logging as hf_logging
 
 from thor.attention import Tree, common_prefix, use_layout_attention
 from thor.demo_model import ModelError, demo_model
+from thor.engine import Engine, HFEngine
+from thor.engine_vllm import HTTPEngine, VLLMEngine
 from thor.ranks import add_up, gather, rank, world_size
 from thor.runlog import Run, UserError, write_atomic
 
 DEMO_MODEL = "smollm2-135m"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0, in the CPU's memory
+
+
+def model_source(name: str) -> str:
+    """The folder or hub id behind a model's name, the demo model fetched on first use; ModelError for a bad folder."""
+    source = str(demo_model()) if name == DEMO_MODEL else name
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name}: no config.json there; a Hugging Face model folder is wanted")
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+            raise ModelError(f"{name}: config.json but no weights (*.safetensors) in this model folder")
+    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name}: no such model folder; give '{DEMO_MODEL}', a local folder or a hub id")
+    return source
 
 
 def load_policy(name: str, device: str = "auto", dtype: str = "float32") -> tuple[PreTrainedModel, object]:
@@ -52,15 +68,7 @@ def load_policy(name: str, device: str = "auto", dtype: str = "float32") -> tupl
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
-    source = str(demo_model()) if name == DEMO_MODEL else name
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{name}: no config.json there; a Hugging Face model folder is wanted")
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-            raise ModelError(f"{name}: config.json but no weights (*.safetensors) in this model folder")
-    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"{name}: no such model folder; give '{DEMO_MODEL}', a local folder or a hub id")
+    source = model_source(name)
     hf_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -73,6 +81,21 @@ def load_policy(name: str, device: str = "auto", dtype: str = "float32") -> tupl
     except ValueError as error:
         raise ModelError(f"{name}: {error}") from error
     return model.to(device).eval(), tokenizer
+
+
+def load_engine(name: str, device: str, rows: int) -> Engine:
+    """An engine to sample from the model `name`: 'http://host:port' is a running `vllm serve` (with '#model' behind it,
+    one that serves that model), 'vllm:' before any other name is vLLM in this process, else HFEngine.
+
+    rows: requests that sample at once. Raises ModelError, ValueError, RuntimeError or ConnectionError, each one line.
+    """
+    if name.startswith(("http://", "https://", "vllm:")):
+        if device != "auto":
+            raise ValueError(f"--device {device}: vLLM chooses its own, leave it out with {name}")
+        if name.startswith("vllm:"):
+            return VLLMEngine(model_source(name.removeprefix("vllm:")), rows)
+        return HTTPEngine(name, rows)
+    return HFEngine(*load_policy(name, device, "auto"), max_rows=rows)
 
 
 def save_policy(model: PreTrainedModel, tokenizer, folder: Path) -> None:
@@ -212,6 +235,12 @@ def _score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temp
     ]
     logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
     return logp, entropy, value_head(hidden[states]).float() if value_head else None
+
+
+@torch.no_grad()
+def score_text(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
+    """Log-probs of a text's tokens but the first at temperature 1, to which an engine's are held (its `score`)."""
+    return score_tokens(model, [token_ids], [list(range(1, len(token_ids)))], 1.0).logp.tolist()
 
 
 # ---- micro-batches and the optimizer step ---------------------------------------------------------------------------

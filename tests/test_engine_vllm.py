@@ -1,0 +1,506 @@
+"""vLLM, in process and as a server, against HFEngine and the trainer.
+
+Needs vLLM (.ci/run has an environment of its own for it); the last part also the demo model, 93 MB on first use.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+
+import run_rl
+import thor.rollout
+from thor import engine_vllm
+from thor.data import load_problems
+from thor.demo_model import ModelError, demo_model
+from thor.engine import HFEngine, Request
+from thor.engine_vllm import HTTPEngine, ServerError, VLLMEngine
+from thor.fences import FenceParser, TextStream, decode, encode
+from thor.policy import load_policy, score_text, score_tokens
+from thor.prompts import few_shot_actor
+from thor.rollout import Sampling, solve
+from thor.trajectory import Trajectory
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+ROOT = Path(__file__).parent.parent
+# one token that closes a block and carries text beyond it
+WORDS = ("\n```python\n", "print(1)", "\n```\nand more", "\\boxed{1}")
+SHAPE = dict(hidden_size=128, head_dim=32)  # vLLM's CPU attention has no smaller heads
+
+
+def saved(folder: Path, tied: bool = False, seed: int = 0):
+    """A tiny random model with a byte-level tokenizer, saved and loaded as the scripts would."""
+    tokenizer = byte_tokenizer(WORDS)
+    tiny_llama(tokenizer, seed=seed, tie_word_embeddings=tied, **SHAPE).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_policy(str(folder), "cpu")[0]
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def training(request, tmp_path_factory):
+    """(engine, trainer's model), on weights of their own each time."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = saved(folder, tied=request.param == "tied")
+    return VLLMEngine(str(folder), rows=8, score=partial(score_text, model)), model
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """An engine on weights that no test changes, its folder's model, and what the caller's state was around it."""
+    folder = tmp_path_factory.mktemp("engine")
+    model = saved(folder)
+    model.caller = [caller_state()]
+    engine = VLLMEngine(str(folder), rows=8)
+    model.caller.append(caller_state())
+    return engine, model
+
+
+def caller_state() -> dict:
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "threads": (torch.get_num_threads(), torch.set_num_threads),
+        "inherited": [os.environ.get(name) for name in ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE")],
+    }
+
+
+def complete(engine, requests: list[Request]) -> dict:
+    for request in requests:
+        engine.add(request)
+    completions = {}
+    while engine.has_work():
+        for completion in engine.step():
+            assert completion.id not in completions
+            completions[completion.id] = completion
+    return completions
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(200) for _ in range(rng.randint(1, 70))] for _ in range(count)]
+
+
+def logps_gap(model, prompt: list[int], completion, temperature: float) -> float:
+    scored = list(range(len(prompt), len(prompt) + len(completion.token_ids)))
+    with torch.no_grad():
+        theirs = score_tokens(model, [prompt + completion.token_ids], [scored], temperature).logp
+    return (theirs - torch.tensor(completion.logps)).abs().max().item()
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+def test_the_caller_is_not_disturbed(engine):
+    before, after = engine[1].caller
+    assert before == after
+    torch.set_num_threads(2)  # vLLM's CPU worker puts a function that does nothing in its place
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
+def test_logps_are_the_trainers_at_each_temperature(engine):
+    engine, model = engine
+    temperatures = [1.0, 0.7, 0.0] * 3  # greedy beside sampled ones: reported at temperature 1, as HFEngine does
+    requests = [
+        Request(str(i), p, 24, temperature=t, seed=i)
+        for i, (p, t) in enumerate(zip(prompts(9), temperatures, strict=True))
+    ]
+    done = complete(engine, requests)
+    for request in requests:
+        assert len(done[request.id].logps) == len(done[request.id].token_ids) > 0
+        assert logps_gap(model, request.token_ids, done[request.id], request.temperature or 1.0) < 1e-4
+
+
+def test_logps_are_of_the_cut_distribution(engine):
+    """Under top-p and top-k the log-probs are renormalised over what is left, as HFEngine's are."""
+    engine, _ = engine
+    request = Request("a", prompts(1)[0], 16, temperature=0.8, top_p=0.9, top_k=20, seed=3)
+    done = complete(engine, [request])["a"]
+    ids = request.token_ids + done.token_ids
+    with torch.inference_mode():
+        logits = tiny_llama(engine.tokenizer, **SHAPE)(torch.tensor([ids])).logits[0]
+    for i, (token, logp) in enumerate(zip(done.token_ids, done.logps, strict=True), len(request.token_ids) - 1):
+        kept = logits[i].topk(20).indices  # by hand: top-k first, then top-p of what is left, as transformers does
+        probs = torch.softmax(logits[i][kept] / 0.8, -1)
+        kept, probs = kept[(probs.cumsum(0) - probs) < 0.9].tolist(), probs[(probs.cumsum(0) - probs) < 0.9]
+        assert token in kept and len(kept) < 20
+        assert abs(logp - (probs / probs.sum()).log()[kept.index(token)].item()) < 1e-4
+
+
+def test_samples_follow_their_distribution(engine):
+    """First tokens of 512 seeds: each as often as its log-prob says, within five standard deviations."""
+    engine, _ = engine
+    requests = [Request(str(i), [5, 6, 7], 1, top_k=16, seed=i) for i in range(512)]
+    drawn = complete(engine, requests).values()
+    frequency = {c.token_ids[0]: c.logps[0] for c in drawn}
+    assert len(frequency) <= 16
+    for token, logp in frequency.items():
+        p = np.exp(logp)
+        count = sum(c.token_ids[0] == token for c in drawn)
+        assert abs(count - 512 * p) < 5 * np.sqrt(512 * p * (1 - p)) + 1
+
+
+def test_a_seed_gives_the_same_turn_beside_others(engine):
+    engine, _ = engine
+    requests = [Request(str(i), p, 12, seed=2**64 - 1 - i) for i, p in enumerate(prompts(6, seed=1))]
+    together = complete(engine, requests)
+    alone = complete(engine, [requests[4]])["4"]
+    assert alone.token_ids == together["4"].token_ids
+    other = complete(engine, [Request("4", requests[4].token_ids, 12, seed=1)])["4"]
+    assert other.token_ids != alone.token_ids
+
+
+class StopAfter:
+    """Stops at the n-th piece, and remembers all it was fed."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.text = n, ""
+
+    def feed(self, piece: str) -> bool:
+        self.n -= 1
+        self.text += piece
+        return self.n <= 0
+
+
+def test_a_turn_ends_exactly_where_its_stop_rule_says(engine):
+    engine, _ = engine
+    free = complete(engine, [Request(str(i), p, 20, seed=i) for i, p in enumerate(prompts(6, seed=2))])
+    assert all(c.finish == "length" or c.finish == "eos" for c in free.values())
+    rules = [StopAfter(n) for n in (1, 2, 5, 9, 19, 99)]
+    cut = complete(engine, [Request(str(i), p, 20, seed=i, stop=rules[i]) for i, p in enumerate(prompts(6, seed=2))])
+    for i, rule in enumerate(rules):
+        whole, part = free[str(i)], cut[str(i)]
+        assert part.token_ids == whole.token_ids[: len(part.token_ids)]
+        assert part.logps == pytest.approx(whole.logps[: len(part.logps)], abs=1e-4)
+        assert part.finish == ("stop" if rule.n <= 0 else whole.finish)
+        stream = TextStream(engine.tokenizer)
+        assert rule.text == "".join(stream.push(t) for t in part.token_ids if t not in engine.eos)
+    assert not engine.llm.llm_engine.has_unfinished_requests()  # the aborted ones are gone in vLLM too
+
+
+def test_the_token_that_closes_a_block_is_kept_whole(engine):
+    engine, _ = engine
+    ids = [engine.tokenizer.convert_tokens_to_ids(word) for word in WORDS]
+    requests = [Request(str(i), ids[:2], 400, seed=i, stop=FenceParser()) for i in range(8)]
+    for request in requests:
+        request.stop.feed(decode(engine.tokenizer, ids[:2]))  # a block is open: it waits for what closes it
+    closed = [c for c in complete(engine, requests).values() if c.finish == "stop"]
+    assert closed
+    for completion in closed:
+        text = decode(engine.tokenizer, completion.token_ids)
+        assert completion.token_ids[-1] == ids[2] and text.endswith("\n```\nand more")
+        assert ids[2] not in completion.token_ids[:-1] and len(completion.logps) == len(completion.token_ids)
+
+
+def test_eos_is_kept_and_the_context_is_a_limit(engine):
+    engine, model = engine
+    eos, engine.eos = engine.eos, {*engine.eos, *range(200)}
+    done = complete(engine, [Request(str(i), p, 9, seed=i) for i, p in enumerate(prompts(4))])
+    engine.eos = eos
+    assert {c.finish for c in done.values()} <= {"eos", "stop", "length"} and done["0"].finish == "eos"
+    for completion in done.values():
+        if completion.finish == "eos":
+            assert completion.token_ids[-1] < 200 and all(t >= 200 for t in completion.token_ids[:-1])
+    assert engine.context == model.config.max_position_embeddings == 2048
+    engine.eos = set()
+    last = complete(engine, [Request("a", [7] * 2046, 9)])["a"]
+    engine.eos = eos
+    assert last.finish == "length" and len(last.token_ids) == 2
+    for ids in ([], [1] * 2048):
+        with pytest.raises(ValueError, match="request a has"):
+            engine.add(Request("a", ids, 4))
+    assert not engine.has_work()
+
+
+def test_a_missing_log_prob_is_nan(engine):
+    """The trainer counts those tokens and gives them weight 1, see run_rl.hierarchical_loss."""
+    engine, _ = engine
+    step = engine.llm.llm_engine.step
+
+    def without_logps():
+        outputs = step()
+        for output in outputs:
+            output.outputs[0].logprobs = [{} for _ in output.outputs[0].token_ids]
+        return outputs
+
+    engine.llm.llm_engine.step = without_logps
+    done = complete(engine, [Request("a", [1, 2, 3], 4)])["a"]
+    del engine.llm.llm_engine.step
+    assert len(done.token_ids) == 4 and all(np.isnan(done.logps))
+
+
+# ---- new weights ----------------------------------------------------------------------------------------------------
+
+
+def shake(model, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_log_probs_follow_the_pushed_weights(training):
+    engine, model = training
+    prompt = prompts(1, seed=3)[0] * 3  # longer than a block of the cache
+    request = Request("a", prompt, 16, seed=5)
+    for seed in (1, 2):
+        complete(engine, [request])  # fills the prefix cache with keys and values of the old weights
+        shake(model, seed)
+        assert logps_gap(model, prompt, complete(engine, [request])["a"], 1.0) > 1e-2
+        engine.update_weights(model.named_parameters())
+        assert logps_gap(model, prompt, complete(engine, [request])["a"], 1.0) < 1e-4
+
+
+def test_the_canary_notices_a_push_that_is_not_whole(training, monkeypatch):
+    engine, model = training
+    shake(model, 3)
+    for left_out in ("model.norm.weight", "model.layers.1.self_attn.v_proj.weight", "model.embed_tokens.weight"):
+        with pytest.raises(RuntimeError, match="did not take the new weights"):
+            engine.update_weights((n, p) for n, p in model.named_parameters() if n != left_out)
+        engine.update_weights(model.named_parameters())  # a whole one mends it
+        shake(model, 4)
+    if model.config.tie_word_embeddings:  # what vLLM's reload alone does: the head keeps its packed copy
+        monkeypatch.setattr(engine_vllm, "_repack_heads", lambda _: None)
+        with pytest.raises(RuntimeError, match=r"differ from the trainer's by \S+ a token"):
+            engine.update_weights(model.named_parameters())
+        monkeypatch.undo()
+        engine.update_weights(model.named_parameters())
+    monkeypatch.setattr(engine, "score", lambda ids: [float("nan")] * (len(ids) - 1))
+    with pytest.raises(RuntimeError, match="differ"):
+        engine.update_weights(model.named_parameters())
+
+
+def test_weights_are_refused_where_they_could_not_be_proved(engine):
+    engine, model = engine
+    with pytest.raises(RuntimeError, match="without `score`"):
+        engine.update_weights(model.named_parameters())
+
+
+def test_a_bfloat16_engine_under_a_float32_trainer(tmp_path):
+    model = saved(tmp_path, tied=True)
+    engine = VLLMEngine(str(tmp_path), rows=4, score=partial(score_text, model), dtype="bfloat16")
+    shake(model, 1)
+    engine.update_weights(model.named_parameters())
+    prompt = prompts(1)[0]
+    done = complete(engine, [Request("a", prompt, 16)])["a"]
+    assert logps_gap(model, prompt, done, 1.0) < 0.5
+    shake(model, 2)
+    with pytest.raises(RuntimeError, match="in torch.bfloat16"):
+        engine.update_weights((n, p) for n, p in model.named_parameters() if "layers.1" not in n)
+
+
+def test_rl_samples_from_the_weights_that_it_trains(tmp_path):
+    """The whole script: log-probs of sampler and trainer agree after each update, and after a resume."""
+    tokenizer = byte_tokenizer(("\\boxed{4}", "\\boxed{5}"))
+    model = tiny_llama(tokenizer, tie_word_embeddings=True, **SHAPE)
+    with torch.no_grad():  # likely answers and likely ends, so that some groups carry a signal
+        words = tokenizer.convert_tokens_to_ids(["\\boxed{4}", "\\boxed{5}", tokenizer.eos_token])
+        model.get_input_embeddings().weight[words] *= 4
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"question": "2 + 2 = ?", "answer": "4"}\n' * 2)
+    settings = {"data": tmp_path / "data.jsonl", "model": tmp_path / "model", "out": tmp_path / "rl", "sampler": "vllm"}
+    settings |= {"prompts": 2, "group": 16, "max_tokens": 60, "min_tokens": 1, "lr": 1e-3, "evaluate": False}
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    run_rl.main([*flags, "--iterations", "2"])
+    config = (tmp_path / "rl/config.json").read_text()
+    (tmp_path / "rl/config.json").write_text(config.replace('"iterations": 2', '"iterations": 3'))
+    run_rl.main([*flags, "--iterations", "3", "--resume"])
+    metrics = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 3
+    for m in metrics:
+        assert m["tokens_trajectory"] > 0 and m["logp_unknown"] == 0 and m["mismatch_kl"] < 1e-7, m
+
+
+# ---- beside others --------------------------------------------------------------------------------------------------
+
+
+def test_another_version_warns(monkeypatch):
+    monkeypatch.setattr(engine_vllm, "VLLM_TRIED", ("0.0",))
+    with pytest.warns(UserWarning, match="was never tried here, 0.0 was"):
+        engine_vllm._import_vllm()
+
+
+def test_the_process_group_must_be_there_first(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    with pytest.raises(RuntimeError, match="initialise torch.distributed before"):
+        VLLMEngine("unused")
+
+
+RANK = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, "tests")
+from test_engine_vllm import *
+dist.init_process_group("gloo")
+folder, rank = sys.argv[1], dist.get_rank()
+model = load_policy(folder, "cpu")[0]
+engine = VLLMEngine(folder, rows=4, score=partial(score_text, model))
+assert dist.get_world_size() == 2
+done = complete(engine, [Request("a", [1, 2, 3], 8 + 8 * rank, seed=rank)])["a"]  # unequal work: no rank waits
+engine.update_weights(model.named_parameters())
+total = torch.tensor([len(done.token_ids)])
+dist.all_reduce(total)
+print("total", total.item(), "own", len(done.token_ids))
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_have_an_engine_each(tmp_path):
+    """Under a launcher like torchrun: the trainer's group goes on to work, and each rank samples for itself."""
+    saved(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in "01":
+        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", RANK, str(tmp_path)]
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    outputs = [process.communicate(timeout=240) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs[0][1][-3000:].decode()
+    totals = [line.split()[1::2] for out, _ in outputs for line in out.decode().splitlines() if line[:5] == "total"]
+    assert len(totals) == 2 and totals[0][0] == totals[1][0] == str(sum(int(own) for _, own in totals))
+
+
+# ---- the demo model, three engines ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder():
+    try:
+        return str(demo_model())
+    except ModelError as error:
+        pytest.skip(f"the demo model is not to be had here: {error}")
+
+
+@pytest.fixture(scope="module")
+def demo(folder):
+    """(trainer's model, HFEngine on it)."""
+    model, tokenizer = load_policy(folder, "cpu")
+    return model, HFEngine(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def url(folder, tmp_path_factory):
+    """A real server on loopback. The module is what the command `vllm serve` runs, which vllm-cpu 0.32 lacks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--block-size", "32"]
+    command += ["--max-model-len", "2048", "--logprobs-mode", "processed_logprobs"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as server:
+        try:
+            for _ in range(300):
+                try:
+                    HTTPEngine(f"http://127.0.0.1:{port}")
+                    break
+                except ServerError:
+                    assert server.poll() is None, log.read_text()[-3000:]
+                    time.sleep(1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module", params=["vllm", "http"])
+def other(request, folder):
+    """The demo model in vLLM, in process and then served."""
+    if request.param == "vllm":
+        return VLLMEngine(folder, rows=16)
+    return HTTPEngine(request.getfixturevalue("url"), rows=16)
+
+
+def few_shot_prompt(tokenizer, question: str) -> list[int]:
+    """Under this prompt the untrained model, too, writes blocks, one after another."""
+    return encode(tokenizer, few_shot_actor(question) + f"Question: {question}\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def writes_code():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thor.rollout, "render_prompt", few_shot_prompt)
+        yield
+
+
+GREEDY = Sampling(max_tokens=120, temperature=0, max_rounds=3)
+
+
+@pytest.fixture(scope="module")
+def reference(demo, executor) -> list[Trajectory]:
+    """HFEngine's greedy trajectories."""
+    return solve(demo[1], executor, load_problems("synthetic", limit=8), GREEDY)
+
+
+def parted_at(a: Trajectory, b: Trajectory) -> int | None:
+    """Index of the first token at which two responses differ."""
+    if a.token_ids == b.token_ids:
+        return None
+    pairs = zip(a.token_ids, b.token_ids, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def test_greedy_trajectories_equal_those_of_hfengine(demo, other, executor, reference):
+    model, _ = demo
+    assert sum(len(t.results) for t in reference) >= 8
+    theirs = solve(other, executor, [t.problem for t in reference], GREEDY)
+    for a, b in zip(reference, theirs, strict=True):
+        at = parted_at(a, b)
+        if at is None:
+            assert (a.finish, a.action_mask, len(a.steps)) == (b.finish, b.action_mask, len(b.steps))
+            assert np.allclose(a.logp_sampler, b.logp_sampler, atol=1e-3)
+            continue
+        candidates = [a.token_ids[at], b.token_ids[at]]
+        sequences = [a.prompt_ids + a.token_ids[:at] + [token] for token in candidates]
+        with torch.no_grad():
+            logps = score_tokens(model, sequences, [[len(ids) - 1] for ids in sequences], 1.0).logp
+        assert abs(logps[0] - logps[1]) < 1e-3, f"parted at token {at} of {a.problem.id}"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_trajectories_have_the_trainers_log_probs(demo, other, executor, temperature):
+    model, _ = demo
+    sampling = Sampling(max_tokens=100, temperature=temperature, max_rounds=3, seed=2)
+    trajectories = solve(other, executor, load_problems("synthetic", limit=5), sampling)
+    assert sum(len(t.results) for t in trajectories) >= 3
+    scored = [[len(t.prompt_ids) + i for i, m in enumerate(t.action_mask) if m] for t in trajectories]
+    sampled = [lp for t in trajectories for lp, m in zip(t.logp_sampler, t.action_mask, strict=True) if m]
+    with torch.no_grad():
+        scores = score_tokens(model, [t.prompt_ids + t.token_ids for t in trajectories], scored, temperature)
+    assert (scores.logp - torch.tensor(sampled)).abs().max() < 1e-3
+
+
+def test_a_turn_is_the_same_for_a_seed_and_cut_at_its_stop(other):
+    request = Request("a", encode(other.tokenizer, "Once upon a time"), 24, seed=11)
+    first, second = complete(other, [request])["a"], complete(other, [request])["a"]
+    assert first.token_ids == second.token_ids and len(first.token_ids) == 24
+    rule = StopAfter(7)
+    request = Request("a", request.token_ids, 24, seed=11, stop=rule)
+    cut = complete(other, [request])["a"]
+    assert cut.token_ids == first.token_ids[:7] and cut.finish == "stop"
+
+
+def test_a_model_that_the_server_does_not_have(url):
+    with pytest.raises(ServerError, match="not another-model"):
+        HTTPEngine(f"{url}#another-model")
+    engine = HTTPEngine(url)
+    engine.model = "another-model"  # as if the server had been started anew with another one
+    with pytest.raises(ServerError, match=r"refused the request with 404: .*another-model"):
+        complete(engine, [Request("a", [1, 2, 3], 4)])
