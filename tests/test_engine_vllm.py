@@ -384,9 +384,13 @@ def test_two_ranks_have_an_engine_each(tmp_path):
 @pytest.fixture(scope="module")
 def folder():
     try:
-        return str(demo_model())
+        folder = str(demo_model())
     except ModelError as error:
         pytest.skip(f"the demo model is not to be had here: {error}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield folder
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +444,7 @@ def writes_code():
         yield
 
 
-GREEDY = Sampling(max_tokens=120, temperature=0, max_rounds=3)
+GREEDY = Sampling(max_tokens=100, temperature=0, max_rounds=3)
 
 
 @pytest.fixture(scope="module")
@@ -474,16 +478,15 @@ def test_greedy_trajectories_equal_those_of_hfengine(demo, other, executor, refe
         assert abs(logps[0] - logps[1]) < 1e-3, f"parted at token {at} of {a.problem.id}"
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_trajectories_have_the_trainers_log_probs(demo, other, executor, temperature):
+def test_sampled_trajectories_have_the_trainers_log_probs(demo, other, executor):
     model, _ = demo
-    sampling = Sampling(max_tokens=100, temperature=temperature, max_rounds=3, seed=2)
+    sampling = Sampling(max_tokens=100, temperature=0.7, max_rounds=3, seed=2)
     trajectories = solve(other, executor, load_problems("synthetic", limit=5), sampling)
     assert sum(len(t.results) for t in trajectories) >= 3
     scored = [[len(t.prompt_ids) + i for i, m in enumerate(t.action_mask) if m] for t in trajectories]
     sampled = [lp for t in trajectories for lp, m in zip(t.logp_sampler, t.action_mask, strict=True) if m]
     with torch.no_grad():
-        scores = score_tokens(model, [t.prompt_ids + t.token_ids for t in trajectories], scored, temperature)
+        scores = score_tokens(model, [t.prompt_ids + t.token_ids for t in trajectories], scored, 0.7)
     assert (scores.logp - torch.tensor(sampled)).abs().max() < 1e-3
 
 
