@@ -78,7 +78,7 @@ def run_main(main: Callable[[], None], many_ranks: bool = False) -> None:
             )
     except UserError as error:
         code = 2
-        if rank() == 0:  # all ranks come to such an end together
+        if first_to_fail():  # of all ranks, or of those that come to this end together
             print(f"\n{name}: error: {error}", file=sys.stderr)
     except Exception:
         if ranks == 1:
