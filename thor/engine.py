@@ -356,7 +356,7 @@ def sample(logits, temperatures, top_ps, top_ks, uniforms) -> tuple[torch.Tensor
         rank = torch.arange(logits.shape[1], device=logits.device)
         k = torch.tensor([k or logits.shape[1] for k in top_ks], device=logits.device)[:, None]
         p = torch.tensor(top_ps, device=logits.device)[:, None]
-        mass = ordered.softmax(-1)
+        mass = ordered.masked_fill(rank >= k, float("-inf")).softmax(-1)  # top-p is of what top-k leaves
         drop = ((rank >= k) | (mass.cumsum(-1) - mass >= p)) & ~greedy[:, None]
         drop[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
