@@ -315,6 +315,7 @@ def test_top_p_and_top_k_by_hand():
         (0.001, 0, 0.39, 3, 1.0),  # 0.4 alone has it
         (0.001, 0, 0.0, 3, 1.0),  # never nothing
         (0.3, 1, 1.0, 3, 1.0),
+        (0.001, 2, 0.5, 3, 1.0),  # of the two that top-k leaves, 0.4 alone has 4/7
     ):
         ids, logps = sample(logits, [1.0], [p], [k], torch.tensor([u]))
         assert ids.item() == token and logps.exp().item() == pytest.approx(probability, abs=1e-5)
