@@ -20,7 +20,8 @@ Each mean's denominator is counted over the whole optimizer batch before the fir
 not depend on how it is cut into micro-batches. Deviations from the paper: std is the population's; no KL, no entropy.
 
 Many GPUs: torchrun --nproc_per_node=8 run_rl.py ... (see thor/ranks.py; docs/paper-*.yaml hold the paper's settings).
-On the CPU a run repeats bit for bit, also when it is killed and resumed. On GPUs it does not: kernels add in any order.
+On the CPU a run repeats bit for bit, also when it is killed and resumed (set --kv_tokens where memory is so scarce that
+it limits how many requests decode at once). On GPUs it does not: kernels add in any order.
 
 Shapes: P problems, G group size, N action tokens of a micro-batch.
 """
@@ -114,6 +115,7 @@ class Settings:
         default="hf", metadata={"help": "engine: 'hf' shares the trainer's weights, 'vllm' gets them each iteration"}
     )
     rows: int = field(default=64, metadata={"help": "requests that decode at once"})
+    kv_tokens: int = field(default=0, metadata={"help": "room for keys and values, in tokens; 0: half of free memory"})
     micro_tokens: int = field(default=1024, metadata={"help": "distinct tokens in one forward and backward pass"})
     tree: bool = field(default=True, metadata={"help": "compute shared prefixes once in training; the result is equal"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory for a third more computing"})
@@ -427,11 +429,12 @@ def fill_advantages(examples: list[Example], settings: Settings) -> None:
 
 def draw_problems(problems: list[Problem], cursor: int, count: int, seed: int) -> list[Problem]:
     """`count` problems from `cursor` on, through a new seeded order of all of them in each epoch."""
-    drawn = []
+    drawn, shuffled = [], -1
     for at in range(cursor, cursor + count):
         epoch, i = divmod(at, len(problems))
-        order = list(range(len(problems)))
-        random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
+        if epoch != shuffled:
+            order, shuffled = list(range(len(problems))), epoch
+            random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
         drawn.append(problems[order[i]])
     return drawn
 
@@ -447,6 +450,7 @@ def sample_trajectories(
     examples: list[Example] = []
     everything: list[Trajectory] = []
     counts: Counter = Counter()
+    ended: Counter = Counter()  # on this rank, for the bar
     while counts["groups_kept"] < settings.prompts and counts["draws"] < settings.max_draws:
         drawn = draw_problems(problems, cursor, settings.prompts - counts["groups_kept"], settings.seed)
         cursor += len(drawn)
@@ -460,11 +464,13 @@ def sample_trajectories(
 
         def done(i: int, trajectory: Trajectory) -> None:
             trajectory.reward = None if trajectory.finish == "infra" else grade(trajectory, engine.tokenizer)
-            bar.set_postfix_str(f"draw {counts['draws']}, last done {i}", refresh=False)
+            ended["trajectories"] += 1
+            bar.set_postfix_str(f"draw {counts['draws']}, {ended['trajectories']} sampled", refresh=False)
             bar.update(0)
 
         ids = list(dict.fromkeys(problem.id for problem in drawn))  # one drawn twice stays on one rank, which counts it
-        mine = [g for g, problem in enumerate(drawn) if ids.index(problem.id) % world_size() == rank()]
+        first = counts["draws"]  # the few groups of a later draw are not always those of rank 0
+        mine = [g for g, problem in enumerate(drawn) if (first + ids.index(problem.id)) % world_size() == rank()]
         sampled = solve(
             engine,
             executor,
@@ -581,7 +587,8 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
         if settings.step_coef:
             bar.set_postfix_str("steps")
             steps, step_counts = sample_steps(engine, executor, trajectories, iteration, settings, deterministic)
-            examples, counts = examples + steps, counts + step_counts
+            examples += steps
+            counts.update(step_counts)
         clock.append(time.perf_counter())
         bar.set_postfix_str("updating")
         metrics: dict[str, float] = {}
@@ -628,7 +635,7 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
             f"seconds {' + '.join(f'{s:.0f}' for s in seconds.values())}"
         )
         stop = in_a_row == MAX_SKIPPED
-        if stop or (iteration + 1) % settings.save_every == 0:
+        if stop or (iteration + 1) % settings.save_every == 0 or iteration + 1 == settings.iterations:
             progress = {"iteration": iteration + 1, "cursor": cursor, "skipped_in_a_row": 0 if stop else in_a_row}
             save_checkpoint(run, model, optimizer, iteration + 1, progress, settings.keep)
         if stop:
@@ -645,7 +652,8 @@ def main(argv: list[str] | None = None) -> None:
         if settings.sampler not in ("hf", "vllm"):
             raise UserError(f"--sampler {settings.sampler}: 'hf' or 'vllm' is wanted")
         at_least(settings, iterations=1, prompts=1, group=2 if settings.estimator == "grpo" else 1, updates=1)
-        at_least(settings, max_draws=1, rows=1, micro_tokens=1, save_every=1, keep=1)
+        at_least(settings, max_draws=1, max_tokens=1, suffix_tokens=0, step_prompts=0, max_rounds=0, rows=1)
+        at_least(settings, kv_tokens=0, micro_tokens=1, save_every=1, keep=1)
         if settings.temperature <= 0:
             raise UserError(f"--temperature {settings.temperature}: above 0 is wanted, RL needs samples")
         run = Run(settings.out, settings, settings.resume)
@@ -657,7 +665,7 @@ def main(argv: list[str] | None = None) -> None:
             if settings.sampler == "vllm":
                 engine = VLLMEngine(model_source(settings.model), settings.rows, score=partial(score_text, model))
             else:
-                engine = HFEngine(sampling_copy(model), tokenizer, max_rows=settings.rows)
+                engine = HFEngine(sampling_copy(model), tokenizer, settings.rows, kv_tokens=settings.kv_tokens or None)
             run.start()
         train(model, tokenizer, engine, executor, problems, run, settings)
         with run.whole_folder("final") as folder:

@@ -92,12 +92,33 @@ def test_the_cache_stays_within_its_budget(tokenizer, kv_tokens):
     completions, most = {}, 0
     while engine.has_work():
         completions.update({c.id: c for c in engine.step()})
-        most = max(most, sum(s.slots * s.capacity for s in (engine.row_store, engine.prefix_store)))
+        most = max(most, sum(len(s.items) * s.capacity for s in (engine.rows, engine.prefixes)))
     assert 0 < most <= kv_tokens
     for i, prompt in enumerate(prompts):
         assert_same_greedy(completions[str(i)], reference, prompt)
     with pytest.raises(ValueError, match="kv_tokens"):
         engine.add(Request("long", [1] * kv_tokens, 1))
+
+
+def test_one_group_after_another_shares_its_prompt_in_few_slots(tokenizer):
+    """Idle rows of finished groups do not keep the prefixes that new groups need room for."""
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, max_rows=8, kv_tokens=1100)
+    engine.eos, computed = set(), count_tokens(engine)
+    for g in range(6):
+        prompt = random_prompts(1, 200, seed=g, longest=1)[0] * 100
+        before = sum(computed)
+        complete(engine, [Request(f"{g}#{i}", prompt, 2, shared=99, seed=i) for i in range(4)])
+        assert len(engine.prefixes.items) <= 2 and sum(computed) - before == 99 + 2 * 4
+
+
+def test_slots_are_many_again_after_a_long_request(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, kv_tokens=2700)
+    engine.eos, computed = set(), count_tokens(engine)
+    complete(engine, [Request("long", [5] * 1500, 2)])
+    assert len(engine.rows.items) == 1
+    del computed[:]
+    complete(engine, [Request(str(i), [6, 7, i], 8, seed=i) for i in range(16)])
+    assert len(computed) == 8 and len(engine.rows.items) >= 16
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_the_others(tokenizer):
@@ -177,7 +198,7 @@ def test_prefixes_are_evicted_and_come_back_right(tokenizer):
     prompts = random_prompts(9, 200, seed=2) * 2
     requests = [Request(str(i), [7, *p, 8], 4, temperature=0, shared=1 + len(p)) for i, p in enumerate(prompts)]
     completions = complete(engine, requests)
-    assert len(engine.prefixes) <= 4
+    assert len(engine.prefixes.items) <= 4
     for request in requests:
         assert_same_greedy(completions[request.id], tiny_llama(tokenizer), request.token_ids)
 
@@ -190,9 +211,12 @@ def test_a_model_that_would_be_computed_wrongly_is_refused(tokenizer):
         MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=8, num_hidden_layers=2)),
         BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=8, n_layer=1, n_head=2)),
     ]
+    models.append(tiny_llama(tokenizer))
+    models[-1].config.rope_parameters = {"rope_type": "longrope"}
     for model in models:
-        with pytest.raises(ValueError, match=type(model).__name__.removesuffix("ForCausalLM")):
-            HFEngine(model.eval(), tokenizer)
+        for _ in range(2):  # not even when asked again
+            with pytest.raises(ValueError, match=type(model).__name__.removesuffix("ForCausalLM")):
+                HFEngine(model.eval(), tokenizer)
 
 
 def test_new_weights_forget_the_cache(tokenizer):
@@ -301,7 +325,7 @@ def test_uniform_is_uniform_and_a_function_of_seed_and_count():
 def test_sample_follows_the_distribution():
     logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4])).repeat(20000, 1)
     u = torch.from_numpy(uniform([1] * 20000, list(range(20000))))
-    ids, logps = sample(logits, [1.0] * 20000, [1.0] * 20000, [0] * 20000, u)
+    ids, logps = sample(logits, [1.0] * 20000, None, None, u)
     assert torch.allclose(ids.bincount() / 20000, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.015)
     assert torch.allclose(logps.exp(), torch.tensor([0.1, 0.2, 0.3, 0.4])[ids], atol=1e-5)
 

@@ -31,21 +31,27 @@ def use_layout_attention(model: PreTrainedModel) -> None:
     layers, known = config.num_hidden_layers, {"full_attention", "sliding_attention"}
     if others := sorted(set(getattr(config, "layer_types", None) or []) - known):
         raise ValueError(f"{name} is not supported, it has {', '.join(others)}")
+    if "longrope" in str(getattr(config, "rope_parameters", None)):  # its angles depend on the longest of the batch
+        raise ValueError(f"{name} is not supported, it has longrope")
     ids = [i % config.vocab_size for i in range(1, 49)]
-    probe, inputs, training = _Probe([ids]), torch.tensor([ids], device=model.device), model.training
+    probe, inputs = _Probe([ids]), torch.tensor([ids], device=model.device)
+    implementation, training, fault = config._attn_implementation, model.training, ""
     try:
         with torch.inference_mode():
             expected = model.eval()(inputs, use_cache=False).logits[0]
             model.set_attn_implementation("thor")
             hidden = model.base_model(inputs, use_cache=False, layout=probe).last_hidden_state[0]
             difference = (model.get_output_embeddings()(hidden) - expected).abs().max().item()
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{name} is not supported: {error}") from error
+        if probe.layers != set(range(layers)):
+            fault = f"only {len(probe.layers)} of its {layers} layers are attention"
+        elif not difference <= max(1e-3, 8 * torch.finfo(model.dtype).eps) * expected.abs().max().item():
+            fault = f"its logits would be off by {difference:.2g}"
+    except (TypeError, AttributeError, ValueError) as error:
+        fault = str(error)
     model.train(training)
-    if probe.layers != set(range(layers)):
-        raise ValueError(f"{name} is not supported: only {len(probe.layers)} of its {layers} layers are attention")
-    if not difference <= max(1e-3, 8 * torch.finfo(model.dtype).eps) * expected.abs().max().item():
-        raise ValueError(f"{name} is not supported: its logits would be off by {difference:.2g}")
+    if fault:
+        model.set_attn_implementation(implementation)
+        raise ValueError(f"{name} is not supported: {fault}")
 
 
 def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, layout=None, **kwargs):

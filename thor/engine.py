@@ -9,6 +9,8 @@ Shapes: R rows that sample, T tokens of one forward pass, V vocabulary, H/K/D qu
 
 from __future__ import annotations
 
+import math
+import os
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from thor.attention import use_layout_attention
+from thor.attention import common_prefix, use_layout_attention
 from thor.fences import TextStream
-from thor.kvcache import CacheLayout, Chunk, Prefix, Row, Store, compact
+from thor.kvcache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token
 
 
 class StopRule(Protocol):
@@ -76,8 +78,9 @@ class HFEngine:
     """Samples from a transformers model in this process; in training it shares the trainer's weights.
 
     max_rows: requests that sample at once. prefill_tokens: prompt tokens that one step computes at most, beside the
-    decoding rows. kv_tokens: tokens of keys and values kept at once, idle and shared ones included (default: half of
-    the memory that is free now); requests for which there is no room wait in a queue.
+    decoding rows. kv_tokens: tokens of keys and values that there is room for, as slots * longest request, a quarter of
+    it for shared prefixes (default: half of the memory that is free now, divided among the ranks of this machine; a
+    trainer beside it has the other half). Requests for which there is no room wait in a queue.
     """
 
     def __init__(
@@ -90,19 +93,21 @@ class HFEngine:
     ) -> None:
         use_layout_attention(model)
         self.model, self.tokenizer = model, tokenizer
-        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
+        self.prefill_tokens = prefill_tokens
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self.queue: deque[Request] = deque()
-        self.row_store, self.prefix_store = Store(model), Store(model)
         if kv_tokens is None:
-            cuda = model.device.type == "cuda"
-            free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
-            kv_tokens = free // 2 // self.row_store.bytes_per_token
-        self.prefix_tokens = kv_tokens // 4
-        self.row_tokens = kv_tokens - self.prefix_tokens
-        self._forget()
+            if model.device.type == "cuda":
+                free = torch.cuda.mem_get_info(model.device)[0]
+            else:
+                free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            kv_tokens = free // 2 // bytes_per_token(model)
+        self.queue: deque[Request] = deque()
+        self.rows = Store(model, max_rows, kv_tokens - kv_tokens // 4)
+        self.prefixes = Store(model, max_rows, kv_tokens // 4)
+        self.sharers: dict[int, set[str]] = {}  # hash of a prefix -> the waiting requests that begin with it
+        self.clock = 0
 
     # ---- the contract ----
 
@@ -110,75 +115,73 @@ class HFEngine:
         length = len(request.token_ids)
         if not length:
             raise ValueError(f"request {request.id} has no tokens")
+        if request.max_tokens < 1 or request.top_k < 0 or request.temperature < 0:
+            raise ValueError(f"request {request.id} wants max_tokens >= 1, top_k >= 0 and temperature >= 0")
         if length >= self.context:
             raise ValueError(f"request {request.id} has {length} tokens, the model takes {self.context}")
-        if length + self._room(request) > self.row_tokens:
+        if length + self._room(request) > self.rows.tokens:
             raise ValueError(
                 f"request {request.id} may grow to {length + self._room(request)} tokens, "
-                f"there is room for {self.row_tokens} (kv_tokens)"
+                f"there is room for {self.rows.tokens} (kv_tokens)"
             )
-        if request.shared:
-            self.sharers.setdefault(hash(_shared(request)), set()).add(request.id)
+        self.sharers.setdefault(hash(_shared(request)), set()).add(request.id)
         self.queue.append(request)
 
     def has_work(self) -> bool:
-        return bool(self.queue) or any(row and row.running for row in self.rows)
+        return bool(self.queue) or any(row and row.running for row in self.rows.items)
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        assert not self.has_work(), "weights changed while requests were being sampled"
+        if self.has_work():
+            raise RuntimeError("weights changed while requests were being sampled")
         own = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, parameter in named_parameters:
                 if own[name].data_ptr() != parameter.data_ptr():
                     own[name].copy_(parameter)
-        self._forget()
+        self.rows.forget()
+        self.prefixes.forget()
+        self.clock = 0
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         self.clock += 1
         self._admit()
-        compact(self.rows, self.row_store, lambda row: row.ready and row.pending == 1, lambda row: row.cached)
-        decoding = [row for row in self.rows if row and row.ready and row.pending == 1]
+        self.rows.compact(lambda row: row.ready and row.pending == 1)
+        decoding = [row for row in self.rows.items if row and row.ready and row.pending == 1]
         in_use = {id(row.prefix) for row in decoding}
-        compact(self.prefixes, self.prefix_store, lambda p: id(p) in in_use, lambda p: p.cached)
+        self.prefixes.compact(lambda prefix: id(prefix) in in_use)
         chunks = self._chunks()
         if not decoding and not chunks:
             return []
-        R, ids, positions = len(decoding), [], []
+        batch, last, ids, positions = list(decoding), list(range(len(decoding))), [], []
         for row in decoding:
             ids.append(row.token_ids[-1])
             positions.append(len(row.token_ids) - 1)
-        batch, last = list(decoding), list(range(R))
         for chunk in chunks:
             ids += chunk.token_ids
             positions += range(chunk.position, chunk.position + len(chunk.token_ids))
             if chunk.row:
                 batch.append(chunk.row)
                 last.append(len(ids) - 1)
+        # all that a GPU has to be told goes there before the model starts: later, each transfer would wait for it
         device = self.model.device
+        last = torch.tensor(last, device=device, dtype=torch.long)
+        settings = _sampling_settings(batch, device)
         hidden = self.model.base_model(
             input_ids=torch.tensor([ids], device=device),
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
-            layout=CacheLayout(self.row_store, self.prefix_store, decoding, self.prefixes, chunks),
+            layout=CacheLayout(self.rows, self.prefixes, decoding, chunks),
         ).last_hidden_state[0]
         for row in decoding:
             row.cached, row.used = row.cached + 1, self.clock
         if not batch:
             return []
-        logits = self.model.get_output_embeddings()(hidden[torch.tensor(last, device=device)])
-        return self._sample(batch, logits)
+        token_ids, logps = sample(self.model.get_output_embeddings()(hidden[last]), *settings)
+        # both in one transfer: reading from a GPU waits for it
+        return self._append(batch, *torch.stack([token_ids.double(), logps.double()]).tolist())
 
     # ---- rows and prefixes ----
-
-    def _forget(self) -> None:
-        for store in (self.row_store, self.prefix_store):
-            if store.slots < self.max_rows:  # few, as they had to be long; perhaps that is no longer so
-                store.clear()
-        self.rows: list[Row | None] = [None] * self.row_store.slots
-        self.prefixes: list[Prefix | None] = [None] * self.prefix_store.slots
-        self.sharers: dict[int, set[str]] = {}  # hash of a prefix -> the requests that begin with it
-        self.clock = 0
 
     def _room(self, request: Request) -> int:
         """How many tokens this request may still sample."""
@@ -186,120 +189,92 @@ class HFEngine:
 
     def _admit(self) -> None:
         """Give waiting requests a row: their own from before, a free one, or the one that has idled longest."""
-        wanted = {request.id for request in self.queue}
+        rows, wanted = self.rows, {request.id for request in self.queue}
+        if self.queue and not any(row and row.running for row in rows.items):
+            longest = max(len(request.token_ids) + self._room(request) for request in self.queue)
+            if rows.tokens < rows.max_slots * rows.capacity and longest <= rows.capacity - 64:
+                rows.clear()  # few and long, from an earlier request; these can be more and shorter
         while self.queue:
             request, ids = self.queue[0], self.queue[0].token_ids
-            mine = next((r for r in self.rows if r and r.request.id == request.id and not r.running), None)
+            mine = next((row for row in rows.items if row and row.request.id == request.id and not row.running), None)
             if mine and (len(ids) <= mine.offset or ids[: mine.offset] != mine.token_ids[: mine.offset]):
                 mine = None
-            prefix = mine.prefix if mine else self._prefix(request)
+            prefix = mine.prefix if mine else self._prefix(request, wanted)
             offset = len(prefix.token_ids) if prefix else 0
-            if not self._reserve(len(ids) - offset + self._room(request)):
-                return
-            free = [i for i, row in enumerate(self.rows) if row is None or not row.running]
-            if not free:
-                return
+            length = len(ids) - offset + self._room(request)
 
-            def cost(i: int, own: Row | None = mine) -> tuple:  # that nobody in the queue asks for, the longest idle
-                row = self.rows[i]
-                if row is None or row is own:
-                    return (row is None, False, 0)
-                return (True, row.request.id in wanted, row.used + 1)
+            def worth(row: Row, own: Row | None = mine) -> float:
+                return math.inf if row.running else row.used + (row.request.id in wanted) * 2**30 + (row is own) * 2**40
 
-            at = min(free, key=cost)
+            if mine and length <= rows.capacity:
+                at = rows.items.index(mine)
+            elif (at := rows.place(length, worth)) is None:
+                return
+            elif mine in rows.items:
+                at = rows.items.index(mine)
             cached = 0
-            if mine and self.rows[at] is mine:
+            if mine and rows.items[at] is mine:
                 kept = mine.token_ids[offset : offset + mine.cached]
-                cached = next(
-                    (i for i, (x, y) in enumerate(zip(kept, ids[offset:-1], strict=False)) if x != y),
-                    min(len(kept), len(ids) - 1 - offset),
-                )
+                cached = min(common_prefix(kept, ids[offset:]), len(ids) - 1 - offset)
             if prefix:
                 prefix.used = self.clock
-            self.rows[at] = Row(request, prefix, list(ids), cached, text=TextStream(self.tokenizer), used=self.clock)
+            rows.items[at] = Row(request, prefix, list(ids), cached, text=TextStream(self.tokenizer), used=self.clock)
             self.queue.popleft()
+        self.sharers.clear()
 
-    def _reserve(self, length: int) -> bool:
-        """Make the rows long enough, as many as then fit; False while too many are in use for that."""
-        if length <= self.row_store.capacity:
-            return True
-        capacity = min(max(_rounded(length), self.row_store.capacity * 3 // 2), self.row_tokens)
-        slots = min(self.max_rows, self.row_tokens // capacity)
-        running = [i for i, row in enumerate(self.rows) if row and row.running]
-        if len(running) >= slots:
-            return False
-        idle = [i for i, row in enumerate(self.rows) if row and not row.running]
-        keep = (running + sorted(idle, key=lambda i: -self.rows[i].used))[:slots]
-        self.row_store.resize(slots, capacity, keep)
-        self.rows = [self.rows[i] for i in keep] + [None] * (slots - len(keep))
-        return True
-
-    def _prefix(self, request: Request) -> Prefix | None:
+    def _prefix(self, request: Request, wanted: set[str]) -> Prefix | None:
         """The stored prefix that this request shares with others; None where it is alone, or where there is no room."""
-        ids = _shared(request)
-        for prefix in self.prefixes:
+        ids, prefixes = _shared(request), self.prefixes
+        for prefix in prefixes.items:
             if prefix and prefix.token_ids == ids:
                 return prefix
-        if not ids or len(self.sharers[hash(ids)]) < 2 or len(ids) > self.prefix_tokens:
+        if not ids or len(self.sharers[hash(ids)]) < 2 or len(ids) > prefixes.tokens:
             return None
-        in_use = {id(row.prefix) for row in self.rows if row}
-        used = [i for i, prefix in enumerate(self.prefixes) if prefix and id(prefix) in in_use]
-        if len(ids) > self.prefix_store.capacity:
-            capacity = min(_rounded(len(ids)), self.prefix_tokens)
-            slots = min(self.max_rows, self.prefix_tokens // capacity)
-            if len(used) >= slots:
-                return None
-            self.prefix_store.resize(slots, capacity, used)
-            self.prefixes = [self.prefixes[i] for i in used] + [None] * (slots - len(used))
-            used = list(range(len(used)))
-        free = [i for i in range(len(self.prefixes)) if i not in used]
-        if not free:
+        running, waiting = set(), set()
+        for row in self.rows.items:
+            if row and (row.running or row.request.id in wanted):
+                (running if row.running else waiting).add(id(row.prefix))
+
+        def worth(prefix: Prefix) -> float:
+            return math.inf if id(prefix) in running else prefix.used + (id(prefix) in waiting) * 2**30
+
+        before = [prefix for prefix in prefixes.items if prefix]
+        at = prefixes.place(len(ids), worth)
+        if at is None:
             return None
-        at = min(free, key=lambda i: self.prefixes[i].used + 1 if self.prefixes[i] else 0)
-        self.prefixes[at] = Prefix(ids)
-        return self.prefixes[at]
+        prefixes.items[at] = Prefix(ids)
+        gone = {id(prefix) for prefix in before} - {id(prefix) for prefix in prefixes.items}
+        self.rows.items = [None if row and id(row.prefix) in gone else row for row in self.rows.items]
+        return prefixes.items[at]
 
     def _chunks(self) -> list[Chunk]:
         """What this step computes of prompts and observations, at most `prefill_tokens`; shared prefixes come first."""
         chunks, budget = [], self.prefill_tokens
-        slot_of = {id(prefix): slot for slot, prefix in enumerate(self.prefixes)}
-        for slot, prefix in enumerate(self.prefixes):
+        slot_of = {id(prefix): slot for slot, prefix in enumerate(self.prefixes.items)}
+        for slot, prefix in enumerate(self.prefixes.items):
             if prefix and prefix.pending and budget:
                 start, count = prefix.cached, min(prefix.pending, budget)
                 ids = list(prefix.token_ids[start : start + count])
-                chunks.append(Chunk(ids, start, self.prefix_store, slot, start, None))
+                chunks.append(Chunk(ids, start, self.prefixes, slot, start, None))
                 prefix.cached += count
                 budget -= count
         fresh = {chunk.slot for chunk in chunks}  # rows that see these start with the next step
-        for slot, row in enumerate(self.rows):
-            if row and row.ready and row.pending > 1 and budget:
-                shared = slot_of[id(row.prefix)] if row.prefix else None
-                if shared in fresh:
-                    continue
+        pending = [(slot, row) for slot, row in enumerate(self.rows.items) if row and row.ready and row.pending > 1]
+        for slot, row in sorted(pending, key=lambda pair: pair[1].used):  # so that none waits for ever
+            shared = slot_of[id(row.prefix)] if row.prefix else None
+            if budget and shared not in fresh:
                 start, count = row.offset + row.cached, min(row.pending, budget)
-                chunk = Chunk(row.token_ids[start : start + count], start, self.row_store, slot, row.cached, shared)
+                chunk = Chunk(row.token_ids[start : start + count], start, self.rows, slot, row.cached, shared)
                 chunk.row = row if count == row.pending else None
                 chunks.append(chunk)
                 row.cached, row.used = row.cached + count, self.clock
                 budget -= count
         return chunks
 
-    # ---- sampling ----
-
-    def _sample(self, batch: list[Row], logits: torch.Tensor) -> list[Completion]:
-        requests = [row.request for row in batch]
-        uniforms = uniform([r.seed for r in requests], [len(row.sampled) for row in batch])
-        token_ids, logps = sample(
-            logits,
-            [r.temperature for r in requests],
-            [r.top_p for r in requests],
-            [r.top_k for r in requests],
-            torch.from_numpy(uniforms).to(logits.device),
-        )
+    def _append(self, batch: list[Row], token_ids: list[float], logps: list[float]) -> list[Completion]:
+        """Add the sampled tokens to their rows; returns the turns that they end."""
         finished = []
-        # both in one transfer: reading from a GPU waits for it
-        for row, token, logp in zip(batch, *torch.stack([token_ids.double(), logps.double()]).tolist(), strict=True):
-            token = int(token)
+        for row, token, logp in zip(batch, map(int, token_ids), logps, strict=True):
             row.token_ids.append(token)
             row.sampled.append(token)
             row.logps.append(logp)
@@ -320,8 +295,15 @@ def _shared(request: Request) -> tuple[int, ...]:
     return tuple(request.token_ids[: min(request.shared, len(request.token_ids) - 1)])
 
 
-def _rounded(length: int) -> int:
-    return -(-length // 64) * 64
+def _sampling_settings(batch: list[Row], device: torch.device) -> tuple:
+    """The arguments of `sample` behind the logits, on the device; top-p and top-k are None where no row has any."""
+    requests = [row.request for row in batch]
+    temperatures = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device)
+    uniforms = torch.from_numpy(uniform([r.seed for r in requests], [len(row.sampled) for row in batch])).to(device)
+    if not any(r.top_k or r.top_p < 1 for r in requests):
+        return temperatures, None, None, uniforms
+    top_ps = torch.tensor([r.top_p for r in requests], dtype=torch.float32, device=device)
+    return temperatures, top_ps, torch.tensor([r.top_k for r in requests], device=device), uniforms
 
 
 def uniform(seeds: list[int], counts: list[int]) -> np.ndarray:
@@ -343,25 +325,25 @@ def uniform(seeds: list[int], counts: list[int]) -> np.ndarray:
 def sample(logits, temperatures, top_ps, top_ks, uniforms) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row by inverting the cumulative distribution: logits [R, V] -> ids [R], log-probs [R].
 
-    The log-probs are those of the distribution drawn from, after temperature, top-k and top-p. Greedy rows
-    (temperature 0) report log-probs at temperature 1.
+    temperatures, top_ps, top_ks, uniforms: [R]; top_ps and top_ks both None: off. top-p is of what top-k leaves. The
+    log-probs are those of the distribution drawn from; greedy rows (temperature 0) report them at temperature 1.
     """
-    greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
-    logits = logits.float()
-    if any(t not in (0, 1) for t in temperatures):
-        logits = logits / torch.tensor([t or 1.0 for t in temperatures], device=logits.device)[:, None]
+    temperatures, uniforms = (torch.as_tensor(x, device=logits.device)[:, None] for x in (temperatures, uniforms))
+    greedy = temperatures == 0
+    logits = logits.float() / torch.where(greedy, 1.0, temperatures)
     best, token_ids = logits.max(-1, keepdim=True)
-    if any(top_ks) or any(p < 1 for p in top_ps):
+    if top_ps is not None:
+        p, k = (torch.as_tensor(x, device=logits.device)[:, None] for x in (top_ps, top_ks))
         ordered, order = logits.sort(-1, descending=True)
-        rank = torch.arange(logits.shape[1], device=logits.device)
-        k = torch.tensor([k or logits.shape[1] for k in top_ks], device=logits.device)[:, None]
-        p = torch.tensor(top_ps, device=logits.device)[:, None]
-        mass = ordered.masked_fill(rank >= k, float("-inf")).softmax(-1)  # top-p is of what top-k leaves
-        drop = ((rank >= k) | (mass.cumsum(-1) - mass >= p)) & ~greedy[:, None]
+        below_k = torch.arange(logits.shape[1], device=logits.device) >= torch.where(k == 0, logits.shape[1], k)
+        mass = ordered.masked_fill(below_k, float("-inf")).softmax(-1)
+        drop = (below_k | (mass.cumsum(-1) - mass >= p)) & ~greedy
         drop[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
-    cumulative = (logits - best).exp_().cumsum(-1)
+    # in float64 on a GPU, whose parallel sums of float32 need not be monotonic; a CPU adds them up in float64 anyway
+    exact = torch.float64 if logits.is_cuda else None
+    cumulative = (logits - best).exp_().cumsum(-1, dtype=exact)
     total = cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, uniforms[:, None] * total).clamp_(max=logits.shape[1] - 1)
-    token_ids = torch.where(greedy[:, None], token_ids, drawn)
+    drawn = torch.searchsorted(cumulative, uniforms * total).clamp_(max=logits.shape[1] - 1)
+    token_ids = torch.where(greedy, token_ids, drawn)
     return token_ids.squeeze(1), (logits.gather(-1, token_ids) - best - total.log()).squeeze(1)

@@ -275,7 +275,8 @@ def _repack_heads(model: torch.nn.Module) -> None:
 
 # ---- over HTTP ------------------------------------------------------------------------------------------------------
 
-TRIES, BACKOFF = 6, 0.5  # tries of one turn; seconds before the second, doubled before each further one
+# tries of one turn; seconds before the second, doubled before each further one, but never more: two minutes in all
+TRIES, BACKOFF, LONGEST = 9, 0.5, 30.0
 PASSING = (429, 500, 502, 503, 504)  # statuses that are worth another try
 
 
@@ -377,13 +378,14 @@ class HTTPEngine:
         untouched = copy.copy(request.stop)
         for attempt in range(TRIES):
             if attempt:
-                await asyncio.sleep(BACKOFF * 2 ** (attempt - 1))
+                pause = min(BACKOFF * 2 ** (attempt - 1), LONGEST)
+                await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # not all requests at the same moment
             stop = copy.copy(untouched) if attempt else request.stop
             turn = _Turn(request, stop, TextStream(self.tokenizer), self.eos, room)
             try:
                 async with self.slots, self.client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
                     if response.status_code == 200:
-                        completion, fault = await self._read(response, turn), "the stream ended early"
+                        completion, fault = await self._read(response, turn)
                         if completion:
                             return completion
                     else:
@@ -394,16 +396,20 @@ class HTTPEngine:
                 fault = f"{type(error).__name__} {error}".strip()
         raise ServerError(f"{self.url}: request {request.id} failed {TRIES} times, at last with {fault}")
 
-    async def _read(self, response: httpx2.Response, turn: _Turn) -> Completion | None:
-        """Feed the stream to the turn; None where the stream ends first. Leaving it unread makes the server abort."""
+    async def _read(self, response: httpx2.Response, turn: _Turn) -> tuple[Completion | None, str]:
+        """Feed the stream to the turn: its completion, or why there is none. Left unread, the server aborts it."""
         lines = response.aiter_lines()
         async for line in lines:
             if not line.startswith("data: {"):
                 continue
-            chunk = json.loads(line.removeprefix("data: "))
-            if "error" in chunk:
-                return None
-            for choice in chunk["choices"]:  # none in a chunk that reports usage
+            try:
+                chunk = json.loads(line.removeprefix("data: "))
+                if "error" in chunk:
+                    return None, _message(line.removeprefix("data: ").encode())
+                choices = chunk["choices"]  # none in a chunk that reports usage
+            except (ValueError, KeyError) as error:
+                raise ServerError(f"{self.url}: sent what `vllm serve` does not send: {line[:100]}") from error
+            for choice in choices:
                 if choice.get("token_ids") is None:
                     raise ServerError(f"{self.url}: returned no token ids; is it a vLLM with `return_token_ids`?")
                 logps = (choice.get("logprobs") or {}).get("token_logprobs") or [None] * len(choice["token_ids"])
@@ -413,8 +419,8 @@ class HTTPEngine:
                         async for _ in lines:  # to its end, which is near: the connection serves the next turn
                             pass
                     if completion:
-                        return completion
-        return None
+                        return completion, ""
+        return None, "the stream ended early"
 
 
 def _message(body: bytes) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import shutil
@@ -288,7 +289,7 @@ class Executor:
             stdout += f"\n... (output cut after {OUTPUT_CAP} bytes)\n"
         text = child.error.decode("utf-8", "replace")
         code = os.waitstatus_to_exitcode(status)
-        if child.killed or (code == -signal.SIGKILL and cpu > self.timeout - 0.5):
+        if child.killed or (code == -signal.SIGKILL and cpu > math.ceil(self.timeout) - 0.1):  # or RLIMIT_CPU
             kind, text = "timeout", f"TimeoutError: no result within {self.timeout:g} s"
         elif code == EXIT_MEMORY or (code == -signal.SIGKILL and peak > self.memory_mb * 512):
             kind, text = "memory", text or "MemoryError"

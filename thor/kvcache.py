@@ -8,6 +8,7 @@ Shapes: R rows that decode, T tokens of one forward pass, P prefixes in use, H/K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,55 +26,89 @@ HIDDEN = -1e30  # score of a key that is not seen; finite, since a part of a sof
 class Store:
     """Keys and values of sequences in slots: per layer `keys[layer]` and `values[layer]`, each [slots, K, capacity, D].
 
-    Written in place. Zeros, not garbage, beyond what is written: a masked weight of 0 times a NaN would be NaN.
+    items: what stands in each slot, or None. tokens: slots * capacity is at most this. Tensors grow by doubling and are
+    written in place. Zeros, not garbage, beyond what is written: a masked weight of 0 times a NaN would be NaN.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, max_slots: int, tokens: int) -> None:
         config = model.config.get_text_config()
-        self.layers = config.num_hidden_layers
-        self.key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.shape = config.num_hidden_layers, *_head_shape(config)
         self.dtype, self.device = model.dtype, model.device
-        self.bytes_per_token = 2 * self.layers * self.key_heads * self.head_dim * self.dtype.itemsize
+        self.max_slots, self.tokens = max_slots, tokens
         self.clear()
 
     def clear(self) -> None:
-        self.slots = self.capacity = 0
-        self.keys, self.values = ([self._zeros(0, 0) for _ in range(self.layers)] for _ in "kv")
+        self.capacity, self.items = 0, []
+        self.keys, self.values = ([self._zeros(0, 0) for _ in range(self.shape[0])] for _ in "kv")
+
+    def forget(self) -> None:
+        """Empty all slots; a few long ones, to which others had to make way, are given back."""
+        if len(self.items) < self.max_slots:
+            self.clear()
+        self.items = [None] * len(self.items)
 
     def _zeros(self, slots: int, capacity: int) -> torch.Tensor:
-        return torch.zeros(slots, self.key_heads, capacity, self.head_dim, dtype=self.dtype, device=self.device)
+        _, heads, size = self.shape
+        return torch.zeros(slots, heads, capacity, size, dtype=self.dtype, device=self.device)
 
-    def resize(self, slots: int, capacity: int, keep: list[int]) -> None:
-        """Other sizes; the contents of the slots `keep` become those of the first slots."""
+    def place(self, length: int, worth: Callable[[Any], float]) -> int | None:
+        """A slot for `length` tokens (at most `self.tokens`); its item, if it has one, is to make way.
+
+        worth(item): what its keys and values are still worth, infinite where they are in use. The least worth makes
+        way, when there are as many slots as there may be. None where too many are in use.
+        """
+        capacity = max(self.capacity, min(-(-length // 64) * 64, self.tokens))
+        most = min(self.max_slots, self.tokens // capacity)
+        kept = sorted((i for i, item in enumerate(self.items) if item), key=lambda i: -worth(self.items[i]))
+        if sum(worth(self.items[i]) == math.inf for i in kept) >= most:
+            return None
+        if capacity > self.capacity or (len(kept) == len(self.items) < most):
+            kept = kept[:most]
+            self._resize(min(most, max(len(kept) + 1, 2 * len(self.items))), capacity, kept)
+        if None in self.items:
+            return self.items.index(None)
+        return min(range(len(self.items)), key=lambda i: worth(self.items[i]))
+
+    def _resize(self, slots: int, capacity: int, keep: list[int]) -> None:
         length = min(capacity, self.capacity)
         for tensors in (self.keys, self.values):
-            for layer in range(self.layers):  # one at a time: old and new of all layers might not fit
-                new = self._zeros(slots, capacity)
+            for layer, old in enumerate(tensors):  # one at a time: old and new of all layers might not fit
+                tensors[layer] = self._zeros(slots, capacity)
                 if keep:
-                    new[: len(keep), :, :length] = tensors[layer][keep, :, :length]
-                tensors[layer] = new
-        self.slots, self.capacity = slots, capacity
+                    tensors[layer][: len(keep), :, :length] = old[keep, :, :length]
+        self.capacity, self.items = capacity, [self.items[i] for i in keep] + [None] * (slots - len(keep))
 
-    def swap(self, i: int, j: int, length: int) -> None:
-        for tensor in (*self.keys, *self.values):
-            tensor[[i, j], :, :length] = tensor[[j, i], :, :length]
+    def compact(self, wanted: Callable[[Any], bool]) -> None:
+        """Move the wanted items to the first slots, so that attention reads one view of them and no other."""
+        front = [bool(item and wanted(item)) for item in self.items]
+        i, j = 0, len(self.items) - 1
+        while True:
+            while i < j and front[i]:
+                i += 1
+            while i < j and not front[j]:
+                j -= 1
+            if i >= j:
+                return
+            length = max(item.cached for item in (self.items[i], self.items[j]) if item)
+            for tensor in (*self.keys, *self.values):  # slices: an index tensor would be a transfer to the GPU each
+                moved = tensor[i, :, :length].clone()
+                tensor[i, :, :length] = tensor[j, :, :length]
+                tensor[j, :, :length] = moved
+            self.items[i], self.items[j] = self.items[j], self.items[i]
+            front[i], front[j] = True, False
 
 
-def compact(items: list, store: Store, wanted: Callable[[Any], bool], length: Callable[[Any], int]) -> None:
-    """Move the wanted items to the first slots, so that attention reads one view of them and no other."""
-    front = [bool(item and wanted(item)) for item in items]
-    i, j = 0, len(items) - 1
-    while True:
-        while i < j and front[i]:
-            i += 1
-        while i < j and not front[j]:
-            j -= 1
-        if i >= j:
-            return
-        store.swap(i, j, max(length(item) for item in (items[i], items[j]) if item))
-        items[i], items[j] = items[j], items[i]
-        front[i], front[j] = True, False
+def _head_shape(config) -> tuple[int, int]:
+    """K and D."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Memory of one token's keys and values in all layers."""
+    config = model.config.get_text_config()
+    heads, size = _head_shape(config)
+    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
 
 
 @dataclass(eq=False)
@@ -142,7 +177,6 @@ class CacheLayout:
         rows: Store,
         prefixes: Store,
         decoding: list[Row],
-        shared: list[Prefix | None],  # in the order of their slots
         chunks: list[Chunk],
     ) -> None:
         self.rows, self.prefixes, self.chunks, device = rows, prefixes, chunks, rows.device
@@ -151,6 +185,7 @@ class CacheLayout:
         self.row_index = torch.arange(self.R, device=device)
         self.longest = max((row.cached + 1 for row in decoding), default=0)
         self.P, self.longest_prefix = 0, 0
+        shared = prefixes.items
         members: list[list[int]] = [[] for _ in shared]
         slot_of = {id(prefix): slot for slot, prefix in enumerate(shared) if prefix}
         for i, row in enumerate(decoding):

@@ -35,6 +35,8 @@ def start_ranks(device: str, timeout: float) -> str:
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no GPU")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)

@@ -15,6 +15,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
+from thor.attention import common_prefix
 from thor.engine import Completion, Engine, Request
 from thor.executor import Executor
 from thor.fences import FenceParser, TextStream, decode, encode
@@ -97,7 +98,9 @@ def drive(
             busy = [e for e in engines.values() if e.has_work()]
             for e in busy:
                 for completion in e.step():
-                    resume(waiting.pop((id(e), completion.id)), completion)
+                    key = (id(e), completion.id)
+                    if key in waiting:  # else it is left over from tasks that an exception broke off
+                        resume(waiting.pop(key), completion)
             while running:
                 patience = None if deterministic or not busy else 0
                 finished = wait(running, patience, ALL_COMPLETED if deterministic else FIRST_COMPLETED).done
@@ -186,6 +189,8 @@ def split_think(step: Step, suffix_tokens: int) -> int:
 def think_act_observe(
     engine: Engine,
     problem: Problem,
+    prompt_ids: list[int],
+    shared: int,
     name: str,
     sampling: Sampling,
     self_correct: int,
@@ -193,8 +198,11 @@ def think_act_observe(
     stop_on_failure: bool,
     listener: Listener | None,
 ) -> Task:
-    """One trajectory, see `solve`; `name` tells it from all others that the engine serves."""
-    trajectory = Trajectory(problem, render_prompt(engine.tokenizer, problem.question))
+    """One trajectory, see `solve`. name tells it from all others that the engine serves.
+
+    shared: leading tokens of the prompt that other trajectories have as well.
+    """
+    trajectory = Trajectory(problem, prompt_ids)
     rounds = tries = 0
     while not trajectory.finish:
         used = len(trajectory.prompt_ids) + len(trajectory)
@@ -205,7 +213,6 @@ def think_act_observe(
         start = trajectory.steps[-1].end if trajectory.steps else 0
         context, r_pre = trajectory.prompt_ids + trajectory.token_ids[:start], trajectory.token_ids[start:]
         seed = derive_seed(sampling.seed, name, len(trajectory), trajectory.corrections)
-        shared = len(trajectory.prompt_ids) - 1
         completion, act, parser = yield from sample_step(
             engine, name, context, r_pre, room, sampling, seed, shared, listener
         )
@@ -271,13 +278,29 @@ def solve(
     """
     if max_rounds is not None:
         sampling = replace(sampling, max_rounds=max_rounds)
+    prompts = {problem.question: render_prompt(engine.tokenizer, problem.question) for problem in problems}
+    preamble = common_prefix(min(prompts.values()), max(prompts.values())) if len(prompts) > 1 else 0
+    groups = Counter(problem.id for problem in problems)
     seen: Counter[str] = Counter()
     tasks = []
     for problem in problems:  # named, and so seeded, by id and repetition: not by what else is solved beside it
         name = f"{problem.id}#{seen[problem.id]}"
         seen[problem.id] += 1
+        prompt_ids = prompts[problem.question]
+        shared = len(prompt_ids) - 1 if groups[problem.id] > 1 else preamble
         tasks.append(
-            think_act_observe(engine, problem, name, sampling, self_correct, suffix_tokens, stop_on_failure, listener)
+            think_act_observe(
+                engine,
+                problem,
+                prompt_ids,
+                shared,
+                name,
+                sampling,
+                self_correct,
+                suffix_tokens,
+                stop_on_failure,
+                listener,
+            )
         )
     return drive(tasks, engine, executor, done, deterministic=deterministic)
 

@@ -53,8 +53,8 @@ def user_errors(flag: str = "") -> Iterator[None]:
     faults = gather(fault)
     if any(faults):
         first = next(r for r, text in enumerate(faults) if text)
-        if rank() == first:
-            print(f"{Path(sys.argv[0]).name}: error: {f'rank {first}: ' if first else ''}{fault}", file=sys.stderr)
+        if len(faults) == 1 or rank() == first:  # 1: also a rank that could not join the others
+            print(f"{Path(sys.argv[0]).name}: error: {f'rank {rank()}: ' if rank() else ''}{fault}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -79,7 +79,7 @@ def run_main(main: Callable[[], None], many_ranks: bool = False) -> None:
     except UserError as error:
         code = 2
         if first_to_fail():  # of all ranks, or of those that come to this end together
-            print(f"\n{name}: error: {error}", file=sys.stderr)
+            print(f"{name}: error: {error}", file=sys.stderr)
     except Exception:
         if ranks == 1:
             raise
@@ -125,8 +125,10 @@ class Run:
     """The folder of one run.
 
     resume=False refuses a folder that holds anything; resume=True takes up what is there (an empty one is fine) and
-    refuses settings other than those of its config.json, `resume` aside. Only rank 0 writes.
+    refuses settings other than those of its config.json, but for those that do not change results. Only rank 0 writes.
     """
+
+    MAY_CHANGE = ("out", "device", "keep", "save_every", "evaluate", "rank_timeout", "iterations", "micro_tokens")
 
     def __init__(self, folder: str, settings: Any, resume: bool) -> None:
         self.folder = Path(folder)
@@ -135,9 +137,10 @@ class Run:
         if self.folder.exists() and (not self.folder.is_dir() or (any(self.folder.iterdir()) and not resume)):
             raise UserError(f"--out {folder}: exists and is not empty; give another folder, or --resume to go on there")
         old = self.folder / "config.json"
-        if old.exists() and (saved := json.loads(old.read_text())) != config:
-            name = next(k for k in {**saved, **config} if saved.get(k) != config.get(k))
-            raise UserError(f"--resume: {name} was {saved.get(name)!r} in {old}, now {config.get(name)!r}; keep it")
+        saved = json.loads(old.read_text()) if old.exists() else config
+        for name in {**saved, **config}:
+            if name not in self.MAY_CHANGE and saved.get(name) != config.get(name):
+                raise UserError(f"--resume: {name} was {saved.get(name)!r} in {old}, now {config.get(name)!r}; keep it")
         self._config = config
         self._board = None
 
@@ -182,8 +185,11 @@ class Run:
         """After a resume: drop the records behind the checkpoint, they will be written again."""
         if rank():
             return
-        records = self.read(name)
-        write_atomic(self / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records if keep(r)))
+        path, temporary = self / name, self / f"{name}.tmp"
+        if path.exists():
+            with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
+                new.writelines(line for line in old if line.endswith("\n") and keep(json.loads(line)))
+            os.replace(temporary, path)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line in metrics.jsonl, one point a metric in TensorBoard."""
