@@ -355,18 +355,18 @@ def save_checkpoint(
         "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else None,
         "progress": progress,
     }
-    if rank():
-        return
-    folder = run / CHECKPOINTS
-    folder.mkdir(exist_ok=True)
-    path, temporary, link = folder / f"{number:06d}.pt", folder / "checkpoint.tmp", folder / "link.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-    link.unlink(missing_ok=True)  # of a run that was killed here
-    link.symlink_to(path.name)
-    os.replace(link, folder / "latest.pt")
-    for old in sorted(folder.glob("[0-9]*.pt"))[:-keep]:
-        old.unlink()
+    if rank() == 0:
+        folder = run / CHECKPOINTS
+        folder.mkdir(exist_ok=True)
+        path, temporary, link = folder / f"{number:06d}.pt", folder / "checkpoint.tmp", folder / "link.tmp"
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+        link.unlink(missing_ok=True)  # of a run that was killed here
+        link.symlink_to(path.name)
+        os.replace(link, folder / "latest.pt")
+        for old in sorted(folder.glob("[0-9]*.pt"))[:-keep]:
+            old.unlink()
+    gather(None)  # a rank that went on and then ended would have torchrun end rank 0 in here
 
 
 def restore(run: Run, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict:

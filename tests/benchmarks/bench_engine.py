@@ -23,19 +23,18 @@ import os
 import platform
 import random
 import resource
-import threading
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, StoppingCriteria
+from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
 
 from thor.engine import HFEngine, Request
 from thor.executor import Executor
-from thor.policy import load_policy
+from thor.policy import load_policy, model_source
 from thor.rollout import drive
 
 ROUNDS, OUTPUT = 3, 24
@@ -51,7 +50,7 @@ def some_tokens(rng: random.Random, vocabulary: int, count: int) -> list[int]:
 
 def workload(name: str, vocabulary: int, scale: float) -> dict:
     """prompts, tokens to sample per prompt (a list per round), tokens of tool output, seconds a tool sleeps."""
-    rng = random.Random(0)
+    rng = random.Random(f"{name}{scale}")  # no prompt of a warm-up is measured
 
     def n(count: int) -> int:
         return max(1, round(count * scale))
@@ -62,6 +61,7 @@ def workload(name: str, vocabulary: int, scale: float) -> dict:
         prompts = [some_tokens(rng, vocabulary, 500) for _ in range(n(8))]
         return {"prompts": [p for p in prompts for _ in range(8)], "new": [[96]], "group": 8}
     prompts = [some_tokens(rng, vocabulary, rng.randint(40, 120)) for _ in range(n(32))]
+    rng = random.Random(scale)  # (c) and (d) sample equally many tokens
     new = [[rng.randint(16, 96) for _ in range(ROUNDS)] for _ in prompts]
     return {"prompts": prompts, "new": new, "sleep": 0.5 if name == "d" else 0.0}
 
@@ -161,92 +161,91 @@ def matmul_rate(model) -> tuple[float, float]:
     return 512 * flop / best, flop
 
 
-class PeakMemory:
-    """Largest resident memory of this process while the block runs, in MiB above what it was before."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before = self.peak = self._now()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _now(self) -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.05):
-            self.peak = max(self.peak, self._now())
-
-    def __exit__(self, *_) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.mib = max(self.peak, self._now()) - self.before
-
-
-def measure(run: Callable[[], int]) -> dict:
-    with PeakMemory() as memory:
-        start = time.perf_counter()
-        tokens = run()
-        seconds = time.perf_counter() - start
-    found = {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 2), "peak_mib": round(memory.mib)}
-    print(f"    {found}", flush=True)
-    return found | {"tokens": tokens}
+def peak_rss() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @torch.inference_mode()
+def measure(which: str, source: str, names: list[str]) -> dict:
+    """All workloads through one engine, in this process."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    if which == "vllm":
+        from thor.engine_vllm import VLLMEngine
+
+        vocabulary, start = AutoConfig.from_pretrained(source).vocab_size, peak_rss()
+        engine = VLLMEngine(source)
+        engine.eos = set()
+    else:
+        model, tokenizer = load_policy(source, "cpu")
+        vocabulary = model.config.vocab_size
+        if which == "generate":
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype).eval()
+        else:
+            engine = HFEngine(model, tokenizer)
+            engine.eos = set()
+        start = peak_rss()
+
+    def run(name: str, scale: float, executor: Executor) -> int:
+        load = workload(name, vocabulary, scale)
+        if which == "generate":
+            return by_generate(model, load, executor)
+        return by_engine(engine, load, executor, vocabulary)
+
+    found: dict = {}
+    with Executor(workers=2, timeout=10) as two, Executor(workers=32, timeout=10, preload=("sympy",)) as many:
+        for name in names:
+            executor = many if name == "d" else two
+            run(name, 1 / 8, executor)
+            began = time.perf_counter()
+            tokens = run(name, 1, executor)
+            seconds = time.perf_counter() - began
+            found[name] = {"tokens": tokens, "seconds": round(seconds, 2), "tokens_per_s": round(tokens / seconds, 1)}
+            print(f"({name}) {which:9} {found[name]}", flush=True)
+    found["peak_mib"] = round(peak_rss() - start)  # above the loaded weights (vLLM: above the libraries)
+    print(f"    {which:9} peak memory {found['peak_mib']} MiB", flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="demo name, folder or hub id")
     parser.add_argument("--only", default="a,b,c,d", help="workloads to run")
     parser.add_argument("--engines", default="generate,ours,vllm", help="what to run; vllm is skipped if not installed")
+    parser.add_argument("--child", action="store_true", help="(internal) measure the one engine, the last line is JSON")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    model, tokenizer = load_policy(args.model, "cpu")
-    vocabulary = model.config.vocab_size
+    source, names = model_source(args.model), args.only.split(",")
+    if args.child:
+        print(json.dumps(measure(args.engines, source, names)))
+        return
+    model, _ = load_policy(source, "cpu")
     rate, flop = matmul_rate(model)
+    del model
     about = {"model": args.model, "cpus": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
     about |= {"load": [round(x, 1) for x in os.getloadavg()], "gflops": round(rate / 1e9, 1)}
-    about["limit_tokens_per_s"] = round(rate / flop)
+    limit = about["limit_tokens_per_s"] = round(rate / flop)
     print(about, flush=True)
-    engines: dict[str, Callable[[dict, Executor], int]] = {}
-    with Executor(workers=2, timeout=10) as two, Executor(workers=32, timeout=10, preload=("sympy",)) as many:
-        if "generate" in args.engines:
-            plain = AutoModelForCausalLM.from_pretrained(model.config._name_or_path, dtype=model.dtype).eval()
-            engines["generate"] = lambda load, ex: by_generate(plain, load, ex)
-        if "ours" in args.engines:
-            engine = HFEngine(model, tokenizer)
-            engine.eos = set()
-            engines["ours"] = lambda load, ex: by_engine(engine, load, ex, vocabulary)
-        if "vllm" in args.engines and importlib.util.find_spec("vllm"):
-            from thor.engine_vllm import VLLMEngine
-
-            vllm = VLLMEngine(model.config._name_or_path)
-            vllm.eos = set()
-            engines["vllm"] = lambda load, ex: by_engine(vllm, load, ex, vocabulary)
-        found: dict = {}
-        for name in args.only.split(","):
-            for which, run in engines.items():
-                print(f"({name}) {which}", flush=True)
-                executor = many if name == "d" else two
-                run(workload(name, vocabulary, 1 / 8), executor)  # warm-up
-                load = workload(name, vocabulary, 1)
-                found[f"{name}_{which}"] = measure(lambda run=run, load=load, ex=executor: run(load, ex))
-    for name in args.only.split(","):
-        ours = found.get(f"{name}_ours")
-        for which in engines:
-            if ours and which != "ours":
-                ratio = found[f"{name}_{which}"]["seconds"] / ours["seconds"]
-                print(f"({name}) ours is {ratio:.2f}x as fast as {which}")
-                found[f"{name}_over_{which}"] = round(ratio, 2)
-        if ours:
-            share = ours["tokens_per_s"] / about["limit_tokens_per_s"]
-            print(f"({name}) ours reaches {share:.0%} of the matmul limit of {about['limit_tokens_per_s']} tokens/s")
-    if "c_ours" in found and "d_ours" in found:
-        found["d_over_c"] = round(found["d_ours"]["seconds"] / found["c_ours"]["seconds"], 3)
-        print(f"(d) takes {found['d_over_c']} times as long as (c)")
+    found: dict = {}
+    for which in args.engines.split(","):  # each in a process of its own, so that threads and peaks do not mix
+        if which != "vllm" or importlib.util.find_spec("vllm"):
+            command = [sys.executable, __file__, "--child", "--model", source, "--only", args.only, "--engines", which]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+                for line in child.stdout:
+                    if line.startswith("{"):
+                        found[which] = json.loads(line)
+                    else:
+                        print(line, end="", flush=True)
+    ours = found.get("ours", {})
+    for name in names if ours else ():
+        for which in found.keys() - {"ours"}:
+            ratio = about[f"{name}_over_{which}"] = round(found[which][name]["seconds"] / ours[name]["seconds"], 2)
+            print(f"({name}) ours is {ratio} times as fast as {which}")
+        print(f"({name}) ours reaches {ours[name]['tokens_per_s'] / limit:.0%} of the matmul limit of {limit} tokens/s")
+    if "c" in ours and "d" in ours:
+        about["d_over_c"] = round(ours["d"]["seconds"] / ours["c"]["seconds"], 3)
+        print(f"(d) takes {about['d_over_c']} times as long as (c)")
     print(json.dumps(about | found))
 
 

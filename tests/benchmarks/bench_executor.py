@@ -5,8 +5,8 @@
     python tests/benchmarks/bench_executor.py --hostile     what (ii) and (iii) keep in of the tests' hostile snippets
 
 (i) a subprocess per snippet; (ii) a process pool that calls exec() on the snippet, libraries loaded, as the evaluators
-of several RL projects do: no isolation and no limits but a timeout; (iii) thor.executor. Medians over repeated runs;
-the last line is JSON.
+of several RL projects do: no isolation and no limits but a timeout; (iii) thor.executor. Rates are medians over
+repeated runs, the costs of layers differences of the best. The last line is JSON.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def processes(ex: Executor) -> list[int]:
         with contextlib.suppress(OSError):
             if mark in path.read_text():
                 found.append(int(path.parent.name))
-    return found
+    return sorted(found)
 
 
 def memory(ex: Executor, field: str) -> list[float]:
@@ -128,7 +128,7 @@ def measure(rounds: int) -> dict:
         rates: dict[str, list[float]] = {"exec": [], "ours": [], "subprocess": []}
         for i in range(rounds):
             with ProcessPoolExecutor(workers, initializer=load) as pool:
-                list(pool.map(by_exec, ["pass"] * workers))
+                list(pool.map(by_exec, [kind.format(41, 43) for kind in KINDS] * workers))  # warm, as ours is
                 rates["exec"].append(timed(lambda pool: list(pool.map(by_exec, MIXED)), pool))
             with executor(workers) as ex:
                 results = ex.run(MIXED)  # also a check
@@ -137,7 +137,7 @@ def measure(rounds: int) -> dict:
             if i < 2:  # slow: half of them, and twice the time
                 with ThreadPoolExecutor(workers) as threads:
                     rates["subprocess"].append(
-                        2 * timed(lambda pool: list(pool.map(by_subprocess, MIXED[::2])), threads)
+                        2 * timed(lambda pool: list(pool.map(by_subprocess, MIXED[:32])), threads)
                     )
         for name, seconds in rates.items():
             found[f"{name}_per_s_{workers}"] = round(len(MIXED) / median(seconds), 1)
@@ -161,10 +161,9 @@ def measure(rounds: int) -> dict:
         ex.run(MIXED)
         time.sleep(0.3)
         found["idle_mib"] = round(sum(memory(ex, "Pss")), 1)
-        before = set(processes(ex))
         running = ex.submit(SOLVE.format(7, 10) + "\nimport time\ntime.sleep(0.7)")
         time.sleep(0.4)
-        found["child_private_mib"] = round(max(memory(ex, "Private_Dirty")[2:], default=0.0), 1) if before else 0.0
+        found["child_private_mib"] = round(max(memory(ex, "Private_Dirty")[2:], default=0.0), 1)  # not guardian, zygote
         running.result()
     return found
 
