@@ -450,7 +450,7 @@ GREEDY = Sampling(max_tokens=100, temperature=0, max_rounds=3)
 @pytest.fixture(scope="module")
 def reference(demo, executor) -> list[Trajectory]:
     """HFEngine's greedy trajectories."""
-    return solve(demo[1], executor, load_problems("synthetic", limit=8), GREEDY)
+    return solve(demo[1], executor, load_problems("synthetic", limit=32), GREEDY)
 
 
 def parted_at(a: Trajectory, b: Trajectory) -> int | None:
@@ -463,7 +463,7 @@ def parted_at(a: Trajectory, b: Trajectory) -> int | None:
 
 def test_greedy_trajectories_equal_those_of_hfengine(demo, other, executor, reference):
     model, _ = demo
-    assert sum(len(t.results) for t in reference) >= 8
+    assert sum(len(t.results) for t in reference) >= 16
     theirs = solve(other, executor, [t.problem for t in reference], GREEDY)
     for a, b in zip(reference, theirs, strict=True):
         at = parted_at(a, b)
@@ -475,7 +475,9 @@ def test_greedy_trajectories_equal_those_of_hfengine(demo, other, executor, refe
         sequences = [a.prompt_ids + a.token_ids[:at] + [token] for token in candidates]
         with torch.no_grad():
             logps = score_tokens(model, sequences, [[len(ids) - 1] for ids in sequences], 1.0).logp
-        assert abs(logps[0] - logps[1]) < 1e-3, f"parted at token {at} of {a.problem.id}"
+        gap = abs(logps[0] - logps[1]).item()
+        print(f"parted at token {at} of {a.problem.id}, between two tokens whose logits differ by {gap:.1e}")
+        assert gap < 1e-3
 
 
 def test_sampled_trajectories_have_the_trainers_log_probs(demo, other, executor):
