@@ -39,7 +39,14 @@ from run_rl import (
 from run_sft import sft_loss
 from thor.attention import Tree, use_layout_attention
 from thor.engine import HFEngine
-from thor.policy import add_value_head, checkpoint_gradients, distinct_tokens, micro_batches, optimizer_step
+from thor.policy import (
+    _LogProb,
+    add_value_head,
+    checkpoint_gradients,
+    distinct_tokens,
+    micro_batches,
+    optimizer_step,
+)
 from thor.rollout import Sampling, solve
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
@@ -361,6 +368,31 @@ def test_only_the_states_that_predict_action_tokens_have_logits(tokenizer):
     assert torch.equal(projected, again) and len(projected) == len(expected)
     distance = torch.cdist(projected, torch.stack(expected))  # in another order
     assert distance.amin(0).max() < 1e-4 and distance.amin(1).max() < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_and_entropies_have_the_gradients_of_log_softmax(temperature, dtype):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(5, 11)).to(dtype).requires_grad_()
+    targets, (a, b) = torch.tensor([0, 10, 3, 3, 7]), torch.randn(2, 5)
+    logps = torch.log_softmax(logits.float() / temperature, -1)
+    expected = logps.gather(1, targets[:, None]).squeeze(1), -(logps.exp() * logps).sum(-1)
+    for weights in ((a, b), (a, 0 * b), (0 * a, b)):
+        wanted = sum((x * w).sum() for x, w in zip(expected, weights, strict=True))
+        [reference] = torch.autograd.grad(wanted, logits, retain_graph=True)
+        copy = logits.detach().clone().requires_grad_()
+        scores = _LogProb.apply(copy * 1, targets, temperature)  # a product of its own, which it may overwrite
+        sum((x * w).sum() for x, w in zip(scores, weights, strict=True) if w.any()).backward()
+        assert_close(torch.cat(scores), torch.cat(expected))
+        assert_close(copy.grad.float(), reference.float(), 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_the_entropy_bonus_has_a_gradient(tokenizer):
+    model, batch = tiny_llama(tokenizer), examples()
+    plain, _ = gradient(model, batch, Settings(nll_coef=0.0))
+    bonus, _ = gradient(model, batch, Settings(nll_coef=0.0, entropy_coef=0.1))
+    assert (bonus - plain).norm() > 1e-3 * plain.norm()
 
 
 @pytest.mark.parametrize("tree", [True, False])

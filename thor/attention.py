@@ -10,8 +10,6 @@ Shapes: T tokens of the row, H query heads, K key/value heads, D head size, R ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
@@ -86,20 +84,6 @@ def causal_sdpa(
     )[0]
 
 
-@dataclass
-class Segment:
-    """A run of tokens [start, end) of the row that follow the last token of `parent` (None: they open a sequence)."""
-
-    start: int
-    end: int
-    parent: Segment | None
-    depth: int  # position of the first token in its sequence
-
-    def lineage(self) -> list[Segment]:
-        """Root first, self last: what the tokens of this segment may see."""
-        return (self.parent.lineage() if self.parent else []) + [self]
-
-
 class Tree:
     """B token sequences merged into one row in which every shared prefix stands, and is computed, once.
 
@@ -110,20 +94,23 @@ class Tree:
     states, losses and gradients equal those of the B sequences computed one by one.
 
     Attributes: token_ids [T], positions [T] (depth of each token), index: B lists, where each sequence's tokens stand.
+    The row is a list of segments, runs of tokens without a branching: their sizes, and for each the segments that its
+    tokens may see, root first and itself last.
     """
 
     def __init__(self, sequences: list[list[int]], share: bool = True) -> None:
         self.token_ids: list[int] = []
         self.positions: list[int] = []
-        self.segments: list[Segment] = []
+        self.sizes: list[int] = []
+        self.lineages: list[list[int]] = []
         self.index: list[list[int]] = [[] for _ in sequences]
         self._sequences = sequences
         # sorting brings sequences with a common prefix together, so that each branching is a run of neighbours
         order = sorted(range(len(sequences)), key=sequences.__getitem__)
         for members in [order] if share else [[m] for m in order]:
-            self._branch(members, 0, None)
+            self._branch(members, 0, [])
 
-    def _branch(self, members: list[int], depth: int, parent: Segment | None) -> None:
+    def _branch(self, members: list[int], depth: int, ancestors: list[int]) -> None:
         """Lay out the part from `depth` on of the sequences `members`, sorted, all equal up to there."""
         members = [m for m in members if len(self._sequences[m]) > depth]
         while members:
@@ -132,23 +119,24 @@ class Tree:
             stop = min(common_prefix(head, self._sequences[m], depth) for m in (same[-1], same[0]))
             stop = min(stop, *(len(self._sequences[m]) for m in same))
             start = len(self.token_ids)
-            segment = Segment(start, start + stop - depth, parent, depth)
-            self.segments.append(segment)
+            lineage = [*ancestors, len(self.sizes)]
+            self.sizes.append(stop - depth)
+            self.lineages.append(lineage)
             self.token_ids += head[depth:stop]
             self.positions += range(depth, stop)
             for m in same:
-                self.index[m] += range(segment.start, segment.end)
-            self._branch(same, stop, segment)
+                self.index[m] += range(start, start + stop - depth)
+            self._branch(same, stop, lineage)
             members = members[len(same) :]
 
     def attend(self, layer: int, query, key, value, scaling: float, window: int | None) -> torch.Tensor:
         """query [H, T, D], key and value [K, T, D] -> [H, T, D]; see the class for who sees whom."""
+        # split and not sliced: the gradient of a slice is a tensor of the whole row
+        queries, keys, values = (x.split(self.sizes, 1) for x in (query, key, value))
         outputs = []
-        for segment in self.segments:
-            lineage = segment.lineage()
-            keys = torch.cat([key[:, s.start : s.end] for s in lineage], 1)
-            values = torch.cat([value[:, s.start : s.end] for s in lineage], 1)
-            outputs.append(causal_sdpa(query[:, segment.start : segment.end], keys, values, scaling, window))
+        for q, lineage in zip(queries, self.lineages, strict=True):
+            k, v = (torch.cat([x[i] for i in lineage], 1) for x in (keys, values))
+            outputs.append(causal_sdpa(q, k, v, scaling, window))
         return torch.cat(outputs, 1)
 
 

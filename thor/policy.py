@@ -41,6 +41,7 @@ from thor.ranks import add_up, gather, rank, world_size
 from thor.runlog import Run, UserError, write_atomic
 
 DEMO_MODEL = "smollm2-135m"
+LOGITS = 1 << 26  # logits that exist at once; in float32 they take 256 MiB
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0, in the CPU's memory
 
 
@@ -180,7 +181,7 @@ def policy_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tenso
 
 @dataclass
 class Scores:
-    """Of the scored tokens, sequence after sequence, in float32: log-probs [N] with gradients, entropies [N].
+    """Of the scored tokens, sequence after sequence, in float32: log-probs and entropies, both [N] with gradients.
 
     value: [N, 2] with gradients, of the state before each token, if the model has a value head (see add_value_head).
     """
@@ -195,21 +196,61 @@ def score_tokens(
     sequences: list[list[int]],
     scored: list[list[int]],
     temperature: float,
-    chunk: int = 1024,
+    chunk: int | None = None,
     tree: bool = True,
 ) -> Scores:
     """log p(token | all before it) at temperature, for the tokens at positions `scored[b]` (>= 1) of sequence b.
 
     The sequences are merged into a tree, so that a shared prefix is computed once (tree=False: they stand whole side
-    by side). Only states that predict a scored token are projected to the vocabulary, `chunk` of them at a time and
-    again in the backward pass: logits [T, V] never exist at once.
+    by side). Only states that predict a scored token are projected to the vocabulary, `chunk` of them at a time
+    (default: LOGITS / V) and again in the backward pass: logits [T, V] never exist at once.
     """
     layout = Tree(sequences, share=tree)
     pairs = [(layout.index[b][p - 1], sequences[b][p]) for b, positions in enumerate(scored) for p in positions]
     pairs = torch.tensor(pairs, device=model.device, dtype=torch.long).reshape(-1, 2)
     # a sharded model is gathered only inside its own methods, see `shard`
     score = getattr(model, "score_pairs", None) or types.MethodType(_score_pairs, model)
+    chunk = chunk or max(1, LOGITS // model.config.get_text_config().vocab_size)
     return Scores(*score(layout, pairs, temperature, chunk))
+
+
+class _LogProb(torch.autograd.Function):
+    """logits [N, V], targets [N] -> log-probs of the targets [N] and entropies [N] at temperature, in float32.
+
+    By autograd it would be slower and take several times the memory: to write a new tensor as large as the logits
+    costs more than what is computed in it. Here the forward pass makes one, and the backward pass none: it turns the
+    logits themselves into their gradient, which were computed again for nothing else (see `project` below).
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):
+        ctx.set_materialize_grads(False)
+        scaled = logits.float()
+        if temperature != 1:
+            scaled = scaled / temperature
+        top = scaled.amax(-1, keepdim=True)
+        weights = (scaled - top).exp_()
+        total = weights.sum(-1)
+        log_total = top.squeeze(-1) + total.log()
+        entropy = log_total - weights.mul_(scaled).sum(-1) / total
+        ctx.save_for_backward(logits, targets, log_total, entropy)
+        ctx.temperature = temperature
+        return scaled.gather(-1, targets[:, None]).squeeze(-1) - log_total, entropy
+
+    @staticmethod
+    def backward(ctx, d_logp, d_entropy):
+        """d logp / d z_j = 1[j is the target] - p_j,  d entropy / d z_j = -p_j (log p_j + entropy),  z = scaled"""
+        logits, targets, log_total, entropy = ctx.saved_tensors
+        logps = logits.detach().float()
+        if ctx.temperature != 1:
+            logps.div_(ctx.temperature)
+        logps.sub_(log_total[:, None])
+        d_logp = (torch.zeros_like(entropy) if d_logp is None else d_logp / ctx.temperature)[:, None]
+        pull = d_logp
+        if d_entropy is not None:
+            pull = pull + (logps + entropy[:, None]) * (d_entropy / ctx.temperature)[:, None]
+        gradient = logps.exp_().mul_(-pull).scatter_add_(1, targets[:, None], d_logp)
+        return gradient.to(logits.dtype), None, None
 
 
 def _score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temperature: float, chunk: int):
@@ -224,9 +265,7 @@ def _score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temp
     head, value_head = model.get_output_embeddings(), getattr(model, "value_head", None)
 
     def project(states: torch.Tensor, targets: torch.Tensor):
-        logps = torch.log_softmax(head(states).float() / temperature, -1)
-        entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
-        return logps.gather(-1, targets[:, None]).squeeze(1), entropy
+        return _LogProb.apply(head(states), targets, temperature)
 
     # one chunk even if nothing is scored: on many ranks every parameter needs a gradient on each of them
     parts = [
