@@ -125,6 +125,20 @@ def test_logps_are_the_trainers_at_each_temperature(engine):
         assert logps_gap(model, request.token_ids, done[request.id], request.temperature or 1.0) < 1e-4
 
 
+def test_more_prompt_tokens_than_one_step_takes(engine):
+    """vLLM may not cut a prompt in two here: its CPU worker then fails on the seed of the request."""
+    engine, model = engine
+    limit = engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    rng = random.Random(3)
+    length = min(1500, engine.context - 8)
+    requests = [
+        Request(f"long{i}", [rng.randrange(200) for _ in range(length)], 2, seed=i) for i in range(limit // length + 2)
+    ]
+    done = complete(engine, requests)
+    assert len(done) == len(requests)
+    assert logps_gap(model, requests[-1].token_ids, done[requests[-1].id], 1.0) < 1e-4
+
+
 def test_logps_are_of_the_cut_distribution(engine):
     """Under top-p and top-k the log-probs are renormalised over what is left, as HFEngine's are."""
     engine, _ = engine

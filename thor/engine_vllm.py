@@ -122,8 +122,9 @@ class VLLMEngine:
             self.cuda = torch.cuda.is_available() and self.vllm.platforms.current_platform.is_cuda()
             if self.cuda:  # unmeasured: half of the memory, and asleep while the trainer uses its half
                 place = {"gpu_memory_utilization": 0.5 if score else 0.9, "enable_sleep_mode": score is not None}
-            else:  # compiling the model takes minutes here; the default block of 128 is longer than most prompts
-                place = {"enforce_eager": True, "block_size": 32}
+            else:  # compiling the model takes minutes here; the default block of 128 is longer than most prompts; and a
+                # seeded request whose prompt takes two steps fails ("CPU Generator does not use offset")
+                place = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
             self.llm = self.vllm.LLM(
                 source,
                 dtype=dtype if dtype != "auto" else "bfloat16" if self.cuda else "float32",
