@@ -162,6 +162,15 @@ def test_shared_prompt_is_computed_once(tokenizer):
     assert sum(computed) == 79 + 8
 
 
+def test_an_id_that_comes_again_with_another_text_shares_as_a_new_one(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer)
+    engine.eos, computed = set(), count_tokens(engine)
+    for text in ([5] * 9, [5] * 4 + [6] * 80):
+        del computed[:]
+        complete(engine, [Request(str(i), text, 1, shared=len(text) - 1) for i in range(4)])
+        assert sum(computed) == len(text) - 1 + 4
+
+
 def test_samples_do_not_depend_on_batch_mates(tokenizer):
     prompts = random_prompts(9, 200)
     requests = [Request(str(i), p, 8, temperature=0.8, top_p=0.9, top_k=20, seed=i) for i, p in enumerate(prompts)]

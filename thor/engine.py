@@ -197,8 +197,8 @@ class HFEngine:
         while self.queue:
             request, ids = self.queue[0], self.queue[0].token_ids
             mine = next((row for row in rows.items if row and row.request.id == request.id and not row.running), None)
-            if mine and (len(ids) <= mine.offset or ids[: mine.offset] != mine.token_ids[: mine.offset]):
-                mine = None
+            if mine and common_prefix(mine.token_ids, ids) <= max(mine.offset, len(_shared(request))):
+                mine = None  # the same id, another text: what it shares with others is worth more
             prefix = mine.prefix if mine else self._prefix(request, wanted)
             offset = len(prefix.token_ids) if prefix else 0
             length = len(ids) - offset + self._room(request)
