@@ -570,6 +570,7 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
         lr=settings.lr,
         betas=(0.9, 0.95),
         weight_decay=settings.weight_decay,
+        fused=True,
     )
     progress = restore(run, model, optimizer) or {"iteration": 0, "cursor": 0, "skipped_in_a_row": 0}
     start, cursor, in_a_row = progress["iteration"], progress["cursor"], progress["skipped_in_a_row"]

@@ -128,7 +128,7 @@ def train(model, sequences: list[list[int]], scored: list[list[int]], run: Run, 
         checkpoint_gradients(model)
     shard(model)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
     progress = restore(run, model, optimizer) or {"step": 0, "skipped_in_a_row": 0}
     start, in_a_row = progress["step"], progress["skipped_in_a_row"]
