@@ -60,7 +60,16 @@ def first_to_fail() -> bool:
     return _store.compare_set("failed", "", str(rank())) == str(rank()).encode()
 
 
-def end_ranks() -> None:
+def end_ranks(code: int = 0) -> None:
+    """The end of one of many ranks, which ends the process; a single one only lets go of its group.
+
+    At once and not by the ordinary way out: there threads of torch's process group may still run, which aborts the
+    process now and then, and a rank that failed would wait for those that wait for it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
 

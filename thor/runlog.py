@@ -86,10 +86,7 @@ def run_main(main: Callable[[], None], many_ranks: bool = False) -> None:
         code = 1
         if first_to_fail():
             print("".join(f"rank {rank()}: {line}\n" for line in traceback.format_exc().splitlines()), file=sys.stderr)
-    if code and ranks > 1:
-        sys.stderr.flush()
-        os._exit(code)  # the ordinary way out would wait for the ranks that wait for this one
-    end_ranks()
+    end_ranks(code)
     if code:
         sys.exit(code)
 
