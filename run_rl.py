@@ -594,8 +594,7 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
         bar.set_postfix_str("updating")
         metrics: dict[str, float] = {}
         if examples:
-            if settings.sampler == "vllm":
-                engine.sleep()  # until the new weights come: its memory is the trainer's meanwhile
+            engine.sleep()  # until the new weights come: its memory is the trainer's meanwhile
             random.Random(derive_seed(settings.seed, iteration, "batches")).shuffle(examples)
             if settings.updates > 1 or settings.estimator == "ppo":
                 fill_logps(model, examples, "logp_old", settings)

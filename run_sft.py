@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         if engine and rank() == 0 and not (run / "eval_base.json").exists():
             base, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "base model")
             run.write_json("eval_base.json", base)
+            engine.sleep()
         train(model, sequences, scored, run, settings)
         with run.whole_folder("final") as folder:
             save_policy(model, tokenizer, folder)

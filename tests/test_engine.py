@@ -239,6 +239,20 @@ def test_new_weights_forget_the_cache(tokenizer):
     assert_same_greedy(fresh, tiny_llama(tokenizer, seed=1), list(range(30)))
 
 
+def test_an_engine_that_slept_samples_as_before(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer)
+    engine.eos = set()
+    requests = [Request(str(i), list(range(i, 30)), 5, seed=i, shared=20) for i in range(3)]
+    before = complete(engine, requests)
+    engine.sleep()
+    assert not engine.rows.items and not any(getattr(m, "packed", None) is not None for m in engine.model.modules())
+    after = complete(engine, requests)
+    assert {name: c.token_ids for name, c in before.items()} == {name: c.token_ids for name, c in after.items()}
+    engine.add(requests[0])
+    with pytest.raises(RuntimeError, match="sampled"):
+        engine.sleep()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logps_equal_the_trainers_over_whole_trajectories(executor, temperature):
     tokenizer = byte_tokenizer(WORDS)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from thor.attention import common_prefix, use_layout_attention
 from thor.fences import TextStream
 from thor.kvcache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token
+from thor.linear import pack, unpack, use_onednn
 
 
 class StopRule(Protocol):
@@ -92,7 +93,9 @@ class HFEngine:
         kv_tokens: int | None = None,
     ) -> None:
         use_layout_attention(model)
+        use_onednn(model)
         self.model, self.tokenizer = model, tokenizer
+        self.packed = False
         self.prefill_tokens = prefill_tokens
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         eos = model.generation_config.eos_token_id
@@ -102,6 +105,7 @@ class HFEngine:
                 free = torch.cuda.mem_get_info(model.device)[0]
             else:
                 free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+                free = max(0, free - sum(p.nbytes for p in model.parameters()))  # the packed copy, see thor.linear
             kv_tokens = free // 2 // bytes_per_token(model)
         self.queue: deque[Request] = deque()
         self.rows = Store(model, max_rows, kv_tokens - kv_tokens // 4)
@@ -141,9 +145,25 @@ class HFEngine:
         self.rows.forget()
         self.prefixes.forget()
         self.clock = 0
+        self._unpack()
+
+    def sleep(self) -> None:
+        """Give back what only sampling needs memory for, while a trainer works; the next step makes it anew."""
+        if self.has_work():
+            raise RuntimeError("put to sleep while requests were being sampled")
+        self.rows.clear()
+        self.prefixes.clear()
+        self._unpack()
+
+    def _unpack(self) -> None:
+        unpack(self.model)
+        self.packed = False
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
+        if not self.packed:
+            pack(self.model)
+            self.packed = True
         self.clock += 1
         self._admit()
         self.rows.compact(lambda row: row.ready and row.pending == 1)

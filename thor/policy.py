@@ -37,6 +37,7 @@ from thor.attention import Tree, common_prefix, use_layout_attention
 from thor.demo_model import ModelError, demo_model
 from thor.engine import Engine, HFEngine
 from thor.engine_vllm import HTTPEngine, VLLMEngine
+from thor.linear import use_onednn
 from thor.ranks import add_up, gather, rank, world_size
 from thor.runlog import Run, UserError, write_atomic
 
@@ -81,6 +82,7 @@ def load_policy(name: str, device: str = "auto", dtype: str = "float32") -> tupl
         use_layout_attention(model)
     except ValueError as error:
         raise ModelError(f"{name}: {error}") from error
+    use_onednn(model)
     return model.to(device).eval(), tokenizer
 
 
