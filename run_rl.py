@@ -116,7 +116,9 @@ class Settings:
     )
     rows: int = field(default=64, metadata={"help": "requests that decode at once"})
     kv_tokens: int = field(default=0, metadata={"help": "room for keys and values, in tokens; 0: half of free memory"})
-    micro_tokens: int = field(default=1024, metadata={"help": "distinct tokens in one forward and backward pass"})
+    max_tokens_per_micro_batch: int = field(
+        default=1024, metadata={"help": "distinct tokens in one forward and backward pass"}
+    )
     tree: bool = field(default=True, metadata={"help": "compute shared prefixes once in training; the result is equal"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory for a third more computing"})
     timeout: float = field(default=5.0, metadata={"help": "seconds a snippet may run"})
@@ -373,7 +375,7 @@ def update(model, optimizer, examples: list[Example], settings: Settings) -> dic
         sequences,
         scored,
         loss_of,
-        settings.micro_tokens,
+        settings.max_tokens_per_micro_batch,
         settings.clip,
         settings.temperature,
         settings.tree,
@@ -396,7 +398,7 @@ def update(model, optimizer, examples: list[Example], settings: Settings) -> dic
 def fill_logps(model, examples: list[Example], name: str, settings: Settings) -> None:
     """Log-probs of all action tokens under `model` into the field `name` of each example; values into `value_old`."""
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for members in rank_batches([e.token_ids for e in examples], settings.micro_tokens, settings.tree):
+    for members in rank_batches([e.token_ids for e in examples], settings.max_tokens_per_micro_batch, settings.tree):
         chosen = [examples[b] for b in members]
         rows = [e.token_ids for e in chosen] or [examples[0].token_ids[:1]]
         scores = score_tokens(model, rows, [e.scored for e in chosen] or [[]], settings.temperature, tree=settings.tree)
@@ -653,7 +655,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--sampler {settings.sampler}: 'hf' or 'vllm' is wanted")
         at_least(settings, iterations=1, prompts=1, group=2 if settings.estimator == "grpo" else 1, updates=1)
         at_least(settings, max_draws=1, max_tokens=1, suffix_tokens=0, step_prompts=0, max_rounds=0, rows=1)
-        at_least(settings, kv_tokens=0, micro_tokens=1, save_every=1, keep=1)
+        at_least(settings, kv_tokens=0, max_tokens_per_micro_batch=1, save_every=1, keep=1)
         if settings.temperature <= 0:
             raise UserError(f"--temperature {settings.temperature}: above 0 is wanted, RL needs samples")
         run = Run(settings.out, settings, settings.resume)

@@ -62,7 +62,9 @@ class Settings:
         default=1024, metadata={"help": "longer trajectories are left out, in tokens (paper: 20,000)"}
     )
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
-    micro_tokens: int = field(default=1024, metadata={"help": "distinct tokens in one forward and backward pass"})
+    max_tokens_per_micro_batch: int = field(
+        default=1024, metadata={"help": "distinct tokens in one forward and backward pass"}
+    )
     tree: bool = field(default=True, metadata={"help": "compute shared prefixes once; the result is equal"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory for a third more computing"})
     save_every: int = field(default=10, metadata={"help": "optimizer steps between checkpoints"})
@@ -153,7 +155,7 @@ def train(model, sequences: list[list[int]], scored: list[list[int]], run: Run, 
             [sequences[b] for b in batch],
             [scored[b] for b in batch],
             loss_of,
-            micro_tokens=settings.micro_tokens,
+            max_tokens_per_micro_batch=settings.max_tokens_per_micro_batch,
             clip=settings.clip,
             tree=settings.tree,
         )
@@ -178,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         device = start_ranks(settings.device, settings.rank_timeout)
         run = Run(settings.out, settings, settings.resume)
-        at_least(settings, epochs=1, batch=1, micro_tokens=1, save_every=1, keep=1)
+        at_least(settings, epochs=1, batch=1, max_tokens_per_micro_batch=1, save_every=1, keep=1)
         if not Path(settings.data).is_file():  # said before the model is loaded
             raise UserError(f"--data {settings.data}: no such file; run_tirgen.py writes it")
         model, tokenizer = load_policy(settings.model, device)

@@ -55,7 +55,7 @@ def work(tmp_path_factory) -> Path:
 
 RL = ["--data", "data.jsonl", "--model", "model", "--device", "cpu", "--evaluate", "False", "--prompts", "3"]
 RL += ["--group", "4", "--max_tokens", "150", "--max_rounds", "1", "--min_tokens", "2", "--iterations", "3"]
-RL += ["--lr", "1e-3", "--micro_tokens", "60", "--save_every", "1"]
+RL += ["--lr", "1e-3", "--max_tokens_per_micro_batch", "60", "--save_every", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ for name, batch in {"both": six, "trajectories": six[:3], "one step": six[3:4], 
     use_layout_attention(model)
     shard(model)
     optimizer = Gradient(model.parameters(), lr=0.0)
-    update(model, optimizer, batch, Settings(clip=1e9, micro_tokens=int(sys.argv[2])))
+    update(model, optimizer, batch, Settings(clip=1e9, max_tokens_per_micro_batch=int(sys.argv[2])))
     found[name] = optimizer.vector
 if rank() == 0:
     torch.save(found, sys.argv[1])

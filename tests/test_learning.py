@@ -28,7 +28,7 @@ SETTINGS = Settings(
     min_tokens=2,
     max_tokens=150,
     max_rounds=1,
-    micro_tokens=4000,
+    max_tokens_per_micro_batch=4000,
     evaluate=False,
 )
 

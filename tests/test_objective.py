@@ -285,8 +285,8 @@ def test_gradient_does_not_depend_on_micro_batches_order_or_tree(tokenizer, data
         use_layout_attention(model)
         fill_logps(model, batch, "logp_old", chosen)
         fill_advantages(batch, chosen)
-    whole, metrics = gradient(model, batch, replace(chosen, micro_tokens=10_000))
-    cut = replace(chosen, micro_tokens=data.draw(st.integers(1, 60)), tree=data.draw(st.booleans()))
+    whole, metrics = gradient(model, batch, replace(chosen, max_tokens_per_micro_batch=10_000))
+    cut = replace(chosen, max_tokens_per_micro_batch=data.draw(st.integers(1, 60)), tree=data.draw(st.booleans()))
     vector, cut_metrics = gradient(model, data.draw(st.permutations(batch)), cut)
     assert_close(whole, vector)
     assert cut_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
@@ -348,7 +348,12 @@ def test_tree_equals_plain_equals_transformers_row_by_row(layout, observations):
     loss.backward()
     reference = torch.cat([p.grad.ravel() for p in model.parameters()])
     model.zero_grad()
-    for changes in ({}, {"tree": False}, {"micro_tokens": 7}, {"micro_tokens": 7, "tree": False}):
+    for changes in (
+        {},
+        {"tree": False},
+        {"max_tokens_per_micro_batch": 7},
+        {"max_tokens_per_micro_batch": 7, "tree": False},
+    ):
         vector, metrics = gradient(model, batch, replace(settings, **changes))
         assert_close(reference, vector)
         assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
@@ -363,7 +368,7 @@ def test_only_the_states_that_predict_action_tokens_have_logits(tokenizer):
         expected += [hidden[p - 1] for p in example.scored]
     rows = []
     model.lm_head.register_forward_hook(lambda module, inputs, logits: rows.append(inputs[0].detach()))
-    gradient(model, batch, Settings(micro_tokens=10_000))
+    gradient(model, batch, Settings(max_tokens_per_micro_batch=10_000))
     *_, projected, again = rows  # forward, and once more for the backward pass
     assert torch.equal(projected, again) and len(projected) == len(expected)
     distance = torch.cdist(projected, torch.stack(expected))  # in another order
@@ -411,10 +416,10 @@ def test_a_tree_over_the_budget_is_split_into_sub_trees(tree, sequences, budget)
 
 def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(tokenizer):
     model, calls = tiny_llama(tokenizer), []
-    whole, _ = gradient(model, examples(), Settings(micro_tokens=10_000))
+    whole, _ = gradient(model, examples(), Settings(max_tokens_per_micro_batch=10_000))
     checkpoint_gradients(model)
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-    again, _ = gradient(model, examples(), Settings(micro_tokens=10_000))
+    again, _ = gradient(model, examples(), Settings(max_tokens_per_micro_batch=10_000))
     assert_close(whole, again)
     assert len(calls) == 2
 
@@ -426,8 +431,10 @@ def test_on_the_first_pass_ratio_is_1_and_sampler_and_trainer_agree(tokenizer, e
     problems = [Problem(str(i), "why " * i) for i in range(4) for _ in range(3)]
     sampled = solve(engine, executor, problems, Sampling(max_tokens=60, temperature=temperature))
     batch = [Example(t, (-1.0) ** i, ("trajectory", "step")[i % 2]) for i, t in enumerate(sampled)]
-    settings = Settings(temperature=temperature, micro_tokens=150)
-    fill_logps(model, batch, "logp_old", replace(settings, micro_tokens=97))  # another cut than in the update
+    settings = Settings(temperature=temperature, max_tokens_per_micro_batch=150)
+    fill_logps(
+        model, batch, "logp_old", replace(settings, max_tokens_per_micro_batch=97)
+    )  # another cut than in the update
     for example in batch:
         assert example.logp_old.tolist() == pytest.approx(example.logp_sampler, abs=1e-4)
     _, metrics = gradient(model, batch, settings)
@@ -447,12 +454,18 @@ def test_sft_gradient_does_not_depend_on_micro_batches_order_or_unlearned_tokens
     use_layout_attention(model)
     rows = [ledger(mask, first=first) for mask, first in (("11001", 10), ("111", 10), ("1011100", 20), ("0000", 60))]
 
-    def sft_gradient(rows: list[Trajectory], micro_tokens: int) -> torch.Tensor:
+    def sft_gradient(rows: list[Trajectory], max_tokens_per_micro_batch: int) -> torch.Tensor:
         sequences = [t.prompt_ids + t.token_ids for t in rows]
         scored = [[2 + i for i, sampled in enumerate(t.action_mask) if sampled] for t in rows]
         total, optimizer = sum(map(len, scored)), Gradient(model.parameters(), lr=0.0)
         optimizer_step(
-            model, optimizer, sequences, scored, lambda members, s: sft_loss(s.logp, total), micro_tokens, 1e9
+            model,
+            optimizer,
+            sequences,
+            scored,
+            lambda members, s: sft_loss(s.logp, total),
+            max_tokens_per_micro_batch,
+            1e9,
         )
         return optimizer.vector
 

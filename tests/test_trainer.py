@@ -255,7 +255,7 @@ def test_a_killed_sft_gives_the_same_metrics_bit_for_bit(tmp_path, model_folder)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--data", str(data), "--model", str(model_folder), "--device", "cpu", "--evaluate", "False"]
-    flags += ["--batch", "2", "--save_every", "3", "--micro_tokens", "60"]
+    flags += ["--batch", "2", "--save_every", "3", "--max_tokens_per_micro_batch", "60"]
     kills = [("update", 9), ("checkpoint", 1), ("log", 5), ("rename", 4), ("link", 2)]
     cut, whole, _ = killed_and_whole(tmp_path, "sft", flags, kills)
     assert cut == whole and len(whole) == 12

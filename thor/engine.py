@@ -22,9 +22,9 @@ import torch
 from transformers import PreTrainedModel
 
 from thor.attention import common_prefix, use_layout_attention
+from thor.cpu import pack, release_freed_memory, unpack, use_onednn
 from thor.fences import TextStream
 from thor.kvcache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token
-from thor.linear import pack, unpack, use_onednn
 
 
 class StopRule(Protocol):
@@ -105,7 +105,7 @@ class HFEngine:
                 free = torch.cuda.mem_get_info(model.device)[0]
             else:
                 free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-                free = max(0, free - sum(p.nbytes for p in model.parameters()))  # the packed copy, see thor.linear
+                free = max(0, free - sum(p.nbytes for p in model.parameters()))  # the packed copy, see thor.cpu
             kv_tokens = free // 2 // bytes_per_token(model)
         self.queue: deque[Request] = deque()
         self.rows = Store(model, max_rows, kv_tokens - kv_tokens // 4)
@@ -154,6 +154,7 @@ class HFEngine:
         self.rows.clear()
         self.prefixes.clear()
         self._unpack()
+        release_freed_memory()
 
     def _unpack(self) -> None:
         unpack(self.model)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.autograd.function import once_differentiable
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -34,15 +35,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 from thor.attention import Tree, common_prefix, use_layout_attention
+from thor.cpu import keep_freed_memory, use_onednn
 from thor.demo_model import ModelError, demo_model
 from thor.engine import Engine, HFEngine
 from thor.engine_vllm import HTTPEngine, VLLMEngine
-from thor.linear import use_onednn
 from thor.ranks import add_up, gather, rank, world_size
 from thor.runlog import Run, UserError, write_atomic
 
 DEMO_MODEL = "smollm2-135m"
 LOGITS = 1 << 26  # logits that exist at once; in float32 they take 256 MiB
+CACHED = 1 << 22  # of them, those that a CPU passes over at a time; in float32 they take 16 MiB
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0, in the CPU's memory
 
 
@@ -83,6 +85,8 @@ def load_policy(name: str, device: str = "auto", dtype: str = "float32") -> tupl
     except ValueError as error:
         raise ModelError(f"{name}: {error}") from error
     use_onednn(model)
+    if device == "cpu":
+        keep_freed_memory()
     return model.to(device).eval(), tokenizer
 
 
@@ -205,7 +209,7 @@ def score_tokens(
 
     The sequences are merged into a tree, so that a shared prefix is computed once (tree=False: they stand whole side
     by side). Only states that predict a scored token are projected to the vocabulary, `chunk` of them at a time
-    (default: LOGITS / V) and again in the backward pass: logits [T, V] never exist at once.
+    (default: LOGITS / V), and all but the last chunk again in the backward pass: logits [T, V] never exist at once.
     """
     layout = Tree(sequences, share=tree)
     pairs = [(layout.index[b][p - 1], sequences[b][p]) for b, positions in enumerate(scored) for p in positions]
@@ -220,39 +224,48 @@ class _LogProb(torch.autograd.Function):
     """logits [N, V], targets [N] -> log-probs of the targets [N] and entropies [N] at temperature, in float32.
 
     By autograd it would be slower and take several times the memory: to write a new tensor as large as the logits
-    costs more than what is computed in it. Here the forward pass makes one, and the backward pass none: it turns the
-    logits themselves into their gradient, which were computed again for nothing else (see `project` below).
+    costs more than what is computed in it. Here the forward pass makes none, but for a few rows at a time, and neither
+    does the backward pass: it turns the logits themselves, which nothing else needs, into their gradient.
     """
 
     @staticmethod
     def forward(ctx, logits, targets, temperature):
         ctx.set_materialize_grads(False)
-        scaled = logits.float()
-        if temperature != 1:
-            scaled = scaled / temperature
-        top = scaled.amax(-1, keepdim=True)
-        weights = (scaled - top).exp_()
-        total = weights.sum(-1)
-        log_total = top.squeeze(-1) + total.log()
-        entropy = log_total - weights.mul_(scaled).sum(-1) / total
+        parts = []
+        for rows, ids in zip(_few_rows(logits), _few_rows(targets, logits), strict=True):
+            scaled = rows.float() / temperature
+            top = scaled.amax(-1, keepdim=True)
+            weights = (scaled - top).exp_()
+            total = weights.sum(-1)
+            log_total = top.squeeze(-1) + total.log()
+            entropy = log_total - weights.mul_(scaled).sum(-1) / total
+            parts.append((scaled.gather(-1, ids[:, None]).squeeze(-1) - log_total, log_total, entropy))
+        logp, log_total, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
         ctx.save_for_backward(logits, targets, log_total, entropy)
         ctx.temperature = temperature
-        return scaled.gather(-1, targets[:, None]).squeeze(-1) - log_total, entropy
+        return logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_logp, d_entropy):
         """d logp / d z_j = 1[j is the target] - p_j,  d entropy / d z_j = -p_j (log p_j + entropy),  z = scaled"""
-        logits, targets, log_total, entropy = ctx.saved_tensors
-        logps = logits.detach().float()
-        if ctx.temperature != 1:
-            logps.div_(ctx.temperature)
-        logps.sub_(log_total[:, None])
-        d_logp = (torch.zeros_like(entropy) if d_logp is None else d_logp / ctx.temperature)[:, None]
-        pull = d_logp
-        if d_entropy is not None:
-            pull = pull + (logps + entropy[:, None]) * (d_entropy / ctx.temperature)[:, None]
-        gradient = logps.exp_().mul_(-pull).scatter_add_(1, targets[:, None], d_logp)
-        return gradient.to(logits.dtype), None, None
+        logits, *saved = ctx.saved_tensors
+        gradient = logits.detach()
+        d_logp, d_entropy = (None if d is None else d / ctx.temperature for d in (d_logp, d_entropy))
+        d_logp = torch.zeros_like(saved[-1]) if d_logp is None else d_logp
+        columns = [x[:, None] for x in (*saved, d_logp, *([] if d_entropy is None else [d_entropy]))]
+        for rows, *few in zip(*(_few_rows(x, logits) for x in (gradient, *columns)), strict=True):
+            ids, log_total, entropy, pull, *d_few = few
+            logps = rows.float().div_(ctx.temperature).sub_(log_total)
+            through = pull + (logps + entropy) * d_few[0] if d_few else pull
+            rows.copy_(logps.exp_().mul_(-through).scatter_add_(1, ids, pull))
+        return gradient, None, None
+
+
+def _few_rows(x: torch.Tensor, logits: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """x in blocks of rows, as many as of the logits [N, V] stay in a CPU's cache while they are passed over."""
+    logits = x if logits is None else logits
+    return x.split(len(x) or 1 if logits.is_cuda else max(1, CACHED // logits.shape[1]))
 
 
 def _score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temperature: float, chunk: int):
@@ -270,10 +283,12 @@ def _score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temp
         return _LogProb.apply(head(states), targets, temperature)
 
     # one chunk even if nothing is scored: on many ranks every parameter needs a gradient on each of them
-    parts = [
-        checkpoint(project, hidden[states[i : i + chunk]], targets[i : i + chunk], use_reentrant=False)
-        for i in range(0, max(1, len(pairs)), chunk)
-    ]
+    starts = range(0, max(1, len(pairs)), chunk)
+    parts = []
+    for i in starts:
+        # the last chunk's logits are the first that the backward pass needs: they stay, the others are computed again
+        compute = project if i == starts[-1] else partial(checkpoint, project, use_reentrant=False)
+        parts.append(compute(hidden[states[i : i + chunk]], targets[i : i + chunk]))
     logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
     return logp, entropy, value_head(hidden[states]).float() if value_head else None
 
@@ -333,7 +348,7 @@ def optimizer_step(
     sequences: list[list[int]],
     scored: list[list[int]],
     loss_of: Callable[[list[int], Scores], torch.Tensor],
-    micro_tokens: int,
+    max_tokens_per_micro_batch: int,
     clip: float,
     temperature: float = 1.0,
     tree: bool = True,
@@ -346,7 +361,7 @@ def optimizer_step(
     not finite skips the step: 'skipped' is 1.0 and the weights stay.
     """
     total = 0.0
-    for members in rank_batches(sequences, micro_tokens, tree):
+    for members in rank_batches(sequences, max_tokens_per_micro_batch, tree):
         rows = [sequences[b] for b in members] or [sequences[0][:1]]
         scores = score_tokens(model, rows, [scored[b] for b in members] or [[]], temperature, tree=tree)
         loss = loss_of(members, scores)

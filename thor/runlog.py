@@ -125,7 +125,16 @@ class Run:
     refuses settings other than those of its config.json, but for those that do not change results. Only rank 0 writes.
     """
 
-    MAY_CHANGE = ("out", "device", "keep", "save_every", "evaluate", "rank_timeout", "iterations", "micro_tokens")
+    MAY_CHANGE = (
+        "out",
+        "device",
+        "keep",
+        "save_every",
+        "evaluate",
+        "rank_timeout",
+        "iterations",
+        "max_tokens_per_micro_batch",
+    )
 
     def __init__(self, folder: str, settings: Any, resume: bool) -> None:
         self.folder = Path(folder)

@@ -92,19 +92,23 @@ def sides(name: str) -> dict[str, Callable[[Workload], dict]]:
     """What is run of a workload: name -> settings of run_rl; 'trl' has none."""
 
     def ours(load: Workload) -> dict:
-        return {"micro_tokens": load.distinct_of(load.group)}
+        return {"max_tokens_per_micro_batch": load.distinct_of(load.group)}
 
     def whole_rows(load: Workload) -> dict:
-        return {"micro_tokens": load.group * load.distinct_of(1), "tree": False}
+        return {"max_tokens_per_micro_batch": load.group * load.distinct_of(1), "tree": False}
 
     if name == "steps":
-        return {"ours": ours, "no tree": whole_rows, "row by row": lambda _: {"micro_tokens": 1, "tree": False}}
+        return {
+            "ours": ours,
+            "no tree": whole_rows,
+            "row by row": lambda _: {"max_tokens_per_micro_batch": 1, "tree": False},
+        }
     return {
         "trl": lambda _: {},
         "ours": ours,
         "no tree": whole_rows,
-        "one micro-batch": lambda load: {"micro_tokens": load.distinct},
-        "2 sequences a micro-batch": lambda load: {"micro_tokens": load.distinct_of(2)},
+        "one micro-batch": lambda load: {"max_tokens_per_micro_batch": load.distinct},
+        "2 sequences a micro-batch": lambda load: {"max_tokens_per_micro_batch": load.distinct_of(2)},
         "gradient checkpointing": lambda load: ours(load) | {"gradient_checkpointing": True},
     }
 
@@ -233,6 +237,7 @@ def run_ours(model_name: str, name: str, changes: dict, iterations: int) -> tupl
     for _ in range(1 + iterations):
         before = clock.now()
         groups = sample()
+        engine.sleep()
         clock.phases["sampling"] += clock.now() - before
         examples = []
         for prompt, rows in zip(prompts, groups, strict=True):

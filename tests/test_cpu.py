@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from thor.linear import AVAILABLE, OneDNNLinear, pack, unpack, use_onednn
+from thor.cpu import AVAILABLE, OneDNNLinear, pack, unpack, use_onednn
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="oneDNN serves linear layers on x86 CPUs alone")
 
