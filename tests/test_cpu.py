@@ -21,7 +21,7 @@ def pair(inputs: int, outputs: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 7), (5, 32), (1, 3, 64), (2, 65, 576)])
+@pytest.mark.parametrize("shape", [(0, 16), (1, 7), (5, 32), (1, 3, 64), (2, 65, 576)])
 def test_values_and_gradients_are_those_of_torch(shape, bias):
     plain, ours = pair(shape[-1], 48, bias)
     x = torch.randn(*shape)

@@ -79,6 +79,8 @@ def causal_sdpa(
         mask = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t).triu(n - t - window + 1)
     elif 1 < t < n:
         mask = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t)
+    if mask is not None and query.is_cuda:  # else no fused kernel would serve, and all scores would stand in memory
+        key, value = (x.repeat_interleave(query.shape[0] // x.shape[0], 0) for x in (key, value))
     return F.scaled_dot_product_attention(
         query[None], key[None], value[None], mask, is_causal=mask is None and t > 1, scale=scaling, enable_gqa=True
     )[0]

@@ -52,18 +52,18 @@ class OneDNNLinear(nn.Linear):
 
     @staticmethod
     def suits(tensor: torch.Tensor) -> bool:
-        return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+        return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [..., T, K] -> [..., T, N]"""
         if not self.suits(input):
             return super().forward(input)
         if self.packed is not None and not torch.is_grad_enabled():
-            return _multiply(input, self.packed, self.bias)
+            return multiply(input, self.packed, self.bias)
         return _Linear.apply(input, self.weight, self.bias)
 
 
-def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., T, K] weight [N, K]^T + bias [N]"""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -72,16 +72,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _multiply(x, weight, bias)
+        return multiply(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         """dx = dy W,  dW = dy^T x,  db = column sums of dy"""
         x, weight = ctx.saved_tensors
-        dx = _multiply(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dx = multiply(dy, weight.t()) if ctx.needs_input_grad[0] else None
         dy = dy.reshape(-1, dy.shape[-1])
-        dw = _multiply(dy.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        dw = multiply(dy.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
         return dx, dw, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 

@@ -10,8 +10,9 @@
 (d) as (c), with each snippet sleeping 0.5 s before it starts, and a worker of the executor for each trajectory
 
 All sample at temperature 1 from the same prompts, the number of tokens is forced. HFEngine and vLLM also report the
-log-prob of each token. The limit is what the machine's measured matmul rate allows for the multiplications that no
-implementation can avoid: linear layers and vocabulary projection of each new token. The last line is JSON.
+log-prob of each token. The limit is what the fastest matmul measured here (torch's or oneDNN's, see thor/cpu.py) allows
+for the multiplications that no implementation can avoid: linear layers and vocabulary projection of each new token. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
 
+from thor.cpu import AVAILABLE, multiply
 from thor.engine import HFEngine, Request
 from thor.executor import Executor
 from thor.policy import load_policy, model_source
@@ -147,18 +149,22 @@ def by_engine(engine, load: dict, executor: Executor, vocabulary: int) -> int:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def matmul_rate(model) -> tuple[float, float]:
-    """(FLOP/s of the model's own linear layers at 512 rows, FLOP for one new token)."""
+@torch.no_grad()
+def matmul_rate(model) -> tuple[dict[str, float], float]:
+    """(FLOP/s of the model's own linear layers at 512 rows by torch's matmul and oneDNN's, FLOP for one new token)."""
     weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     flop = sum(2 * w.numel() for w in weights)
     inputs = {w.shape[1]: torch.randn(512, w.shape[1]) for w in weights}
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        for w in weights:
-            torch.nn.functional.linear(inputs[w.shape[1]], w)
-        best = min(best, time.perf_counter() - start)
-    return 512 * flop / best, flop
+    rates = {}
+    for name, matmul in {"torch": torch.nn.functional.linear, **({"onednn": multiply} if AVAILABLE else {})}.items():
+        best = float("inf")
+        for _ in range(4):
+            start = time.perf_counter()
+            for w in weights:
+                matmul(inputs[w.shape[1]], w)
+            best = min(best, time.perf_counter() - start)
+        rates[name] = 512 * flop / best
+    return rates, flop
 
 
 def peak_rss() -> float:
@@ -220,12 +226,15 @@ def main() -> None:
         print(json.dumps(measure(args.engines, source, names)))
         return
     model, _ = load_policy(source, "cpu")
-    rate, flop = matmul_rate(model)
+    rates, flop = matmul_rate(model)
     del model
     about = {"model": args.model, "cpus": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
-    about |= {"load": [round(x, 1) for x in os.getloadavg()], "gflops": round(rate / 1e9, 1)}
-    limit = about["limit_tokens_per_s"] = round(rate / flop)
+    about |= {
+        "load": [round(x, 1) for x in os.getloadavg()],
+        "gflops": {k: round(r / 1e9, 1) for k, r in rates.items()},
+    }
+    limit = about["limit_tokens_per_s"] = round(max(rates.values()) / flop)
     print(about, flush=True)
     found: dict = {}
     for which in args.engines.split(","):  # each in a process of its own, so that threads and peaks do not mix

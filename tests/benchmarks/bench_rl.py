@@ -17,7 +17,8 @@ iteration is warm-up, of the others the fastest counts.
 log-probs is the forward pass with the loss, backward includes what is computed again there, optimizer includes the
 clipping of gradients. The limit of training is what the measured matmul rate allows for three times the forward
 pass's multiplications that no implementation can avoid: linear layers for every distinct token, the vocabulary
-projection for every scored one. The last line is JSON.
+projection for every scored one. mfu is the share of that limit, at the rate of the fastest matmul there is here
+(oneDNN's on many CPUs, see thor/cpu.py), mfu_training_torch at that of torch's own. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts are not part o
 
 import run_rl
 import thor.policy
+from thor.cpu import AVAILABLE, keep_freed_memory, multiply
 from thor.engine import HFEngine, Request
 from thor.policy import checkpoint_gradients, load_policy, policy_parameters, sampling_copy, shard
 from thor.ranks import end_ranks, start_ranks
@@ -172,7 +174,8 @@ def peak_mib() -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def matmul_rate(model, rows: int = 1024) -> float:
+@torch.no_grad()
+def matmul_rate(model, multiply: Callable, rows: int = 1024) -> float:
     """FLOP/s of the model's own linear layers on so many tokens."""
     weights = [m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)]
     if model.device.type == "cuda":
@@ -182,7 +185,7 @@ def matmul_rate(model, rows: int = 1024) -> float:
     for _ in range(5):
         start = clock.now()
         for w in weights:
-            torch.nn.functional.linear(inputs[w.shape[1]], w)
+            multiply(inputs[w.shape[1]], w)
         best = min(best, clock.now() - start)
     return 2 * rows * sum(w.numel() for w in weights) / best
 
@@ -319,14 +322,20 @@ def child(model_name: str, name: str, side: str, iterations: int) -> None:
     found["peak_mib"] = round(peak_mib())
     if torch.cuda.is_available():
         found["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-    rate = matmul_rate(model)
+    keep_freed_memory()  # for TRL too, whose run is over
+    torch_rate = matmul_rate(model, torch.nn.functional.linear)
+    onednn = AVAILABLE and model.device.type == "cpu"
+    rate = max(torch_rate, matmul_rate(model, multiply)) if onednn else torch_rate
     training = found["log-probs"] + found["backward"]
+    flop = training_flop(model, load)
     found |= {
         "new_tokens_per_s": round(load.scored / found["sampling"], 1) if name != "steps" else None,
         "trained_tokens_per_s": round(load.slots / training, 1),
         "gflops": round(rate / 1e9, 1),
-        "mfu_training": round(training_flop(model, load) / rate / training, 3),
-        "mfu_with_optimizer": round(training_flop(model, load) / rate / (training + found["optimizer"]), 3),
+        "gflops_torch": round(torch_rate / 1e9, 1),
+        "mfu_training": round(flop / rate / training, 3),
+        "mfu_training_torch": round(flop / torch_rate / training, 3),
+        "mfu_with_optimizer": round(flop / rate / (training + found["optimizer"]), 3),
         "load": round(os.getloadavg()[0], 1),
     }
     print(json.dumps(found))
