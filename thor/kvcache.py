@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from thor.attention import causal_sdpa
+from thor.cpu import release_freed_memory
 from thor.fences import TextStream
 
 HIDDEN = -1e30  # score of a key that is not seen; finite, since a part of a softmax may consist of nothing else
@@ -77,6 +78,7 @@ class Store:
                 if keep:
                     tensors[layer][: len(keep), :, :length] = old[keep, :, :length]
         self.capacity, self.items = capacity, [self.items[i] for i in keep] + [None] * (slots - len(keep))
+        release_freed_memory()  # nothing is as large again
 
     def compact(self, wanted: Callable[[Any], bool]) -> None:
         """Move the wanted items to the first slots, so that attention reads one view of them and no other."""
