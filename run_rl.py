@@ -135,8 +135,11 @@ class Settings:
 # ---- filters and advantages -----------------------------------------------------------------------------------------
 
 
+IMPROPER = ("infra", "failed_code", "unfinished", "short", "no_box")
+
+
 def improper(trajectory: Trajectory, text: str, settings: Settings) -> str:
-    r"""Why a trajectory is not learned from ('' if it is): 'infra', 'unfinished', 'failed_code', 'short', 'no_box'."""
+    """Why a trajectory is not learned from, one of IMPROPER, or '' if it is."""
     if trajectory.finish == "infra":
         return "infra"
     if settings.drop_failed_code and any(step.failed for step in trajectory.steps):
@@ -300,9 +303,9 @@ def hierarchical_loss(
     values: (value with gradients, value_old, returns), each [N], for PPO.
     """
     token_loss, info = policy_loss(logp, logp_old, advantage, settings.clip_low, settings.clip_high, settings.dual_clip)
-    gap = logp_old - logp_sampler
-    unknown = gap.isnan()
-    weight = torch.exp(gap.masked_fill(unknown, 0.0)).clamp(max=settings.is_cap)
+    unknown = logp_sampler.isnan()
+    gap = (logp_old - logp_sampler).masked_fill(unknown, 0.0)
+    weight = torch.exp(gap).clamp(max=settings.is_cap)
     token_loss = token_loss * weight
     if logp_ref is not None:
         token_loss = token_loss + settings.kl_coef * (torch.exp(logp_ref - logp) - 1 - (logp_ref - logp))
@@ -317,7 +320,6 @@ def hierarchical_loss(
     step = token_loss[is_step].sum() / max(1, counts.step)
     nll = -logp[advantage > 0].sum() / max(1, counts.positive)
     loss = trajectory + settings.step_coef * step + settings.nll_coef * nll
-    gap = gap.masked_fill(unknown, 0.0)
     kl = torch.exp(-gap) - 1 + gap  # k3 estimate of KL(sampler, old)
     return loss, {
         "loss_trajectory": trajectory.item(),
@@ -451,7 +453,8 @@ def sample_trajectories(
     """
     examples: list[Example] = []
     everything: list[Trajectory] = []
-    counts: Counter = Counter()
+    names = ("kept", *(f"dropped_{reason}" for reason in IMPROPER), "groups_kept", "groups_equal", "groups_thin")
+    counts = Counter(dict.fromkeys(names, 0))  # a count of zero is a number too
     ended: Counter = Counter()  # on this rank, for the bar
     while counts["groups_kept"] < settings.prompts and counts["draws"] < settings.max_draws:
         drawn = draw_problems(problems, cursor, settings.prompts - counts["groups_kept"], settings.seed)
@@ -526,7 +529,8 @@ def sample_steps(
     groups = {s: samples[i * settings.group : (i + 1) * settings.group] for i, s in enumerate(mine)}
     groups = {s: group for part in gather(groups) for s, group in part.items()}
     examples: list[Example] = []
-    counts: Counter = Counter(step_prompts=len(failed))
+    names = ("step_samples", "step_passed", "step_groups_kept", "step_groups_equal", "step_groups_thin")
+    counts = Counter({"step_prompts": len(failed), **dict.fromkeys(names, 0)})
     for s in range(len(failed)):
         kept = [sample for sample in groups[s] if sample is not None]
         counts["step_samples"] += len(kept)
@@ -594,9 +598,9 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
             counts.update(step_counts)
         clock.append(time.perf_counter())
         bar.set_postfix_str("updating")
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float] = {"skipped": 0}
+        engine.sleep()  # until the new weights come: its memory is the trainer's meanwhile
         if examples:
-            engine.sleep()  # until the new weights come: its memory is the trainer's meanwhile
             random.Random(derive_seed(settings.seed, iteration, "batches")).shuffle(examples)
             if settings.updates > 1 or settings.estimator == "ppo":
                 fill_logps(model, examples, "logp_old", settings)

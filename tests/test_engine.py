@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, byte_tokenizer, tiny_llama, tiny_model, tiny_settings
+from conftest import FAMILIES, ScriptedExecutor, byte_tokenizer, tiny_llama, tiny_model, tiny_settings
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -20,8 +20,8 @@ from transformers import (
 from thor.attention import Tree
 from thor.engine import Completion, HFEngine, Request, sample, uniform
 from thor.policy import micro_batches, score_tokens
-from thor.rollout import Sampling, solve
-from thor.trajectory import Problem
+from thor.rollout import Sampling, drive, solve
+from thor.trajectory import ExecResult, Problem
 
 # one token holds a whole block, so that a random model writes some: a fence token that carries more text
 WORDS = ("\n```python\nprint(1)\n```\n", "\n```python\nprint(x)\n```", "\\boxed{1}")
@@ -226,6 +226,42 @@ def test_a_model_that_would_be_computed_wrongly_is_refused(tokenizer):
         for _ in range(2):  # not even when asked again
             with pytest.raises(ValueError, match=type(model).__name__.removesuffix("ForCausalLM")):
                 HFEngine(model.eval(), tokenizer)
+
+
+def counted(engine: HFEngine) -> list[int]:
+    """Grows by the number of tokens of each forward pass."""
+    counts: list[int] = []
+    engine.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: counts.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return counts
+
+
+def test_with_more_trajectories_than_rows_each_is_computed_once(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, max_rows=4, kv_tokens=100_000)
+    engine.eos = set()
+    counts = counted(engine)
+
+    def trajectory(i: int):
+        ids = [(i * 7 + j) % 200 for j in range(50)]
+        for round_ in range(3):
+            completion = yield Request(str(i), ids, 10, seed=round_)
+            yield "code"
+            ids = ids + completion.token_ids + [1, 2, 3, 4, 5]
+
+    drive([trajectory(i) for i in range(12)], engine, ScriptedExecutor(lambda code: ExecResult("ok", "1")))
+    assert sum(counts) == 12 * (50 + 3 * 9 + 2 * (1 + 5))  # prompt, decoded, last token and output of a round
+
+
+def test_a_long_request_does_not_thin_the_rows_of_a_full_queue(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, kv_tokens=8000)
+    engine.eos = set()
+    counts = counted(engine)
+    requests = [Request(str(i), [i, 1, 2, 3], 20, seed=i) for i in range(100)]
+    complete(engine, requests)
+    alone = len(counts)
+    complete(engine, [Request("long", list(range(200)) * 7, 2), *requests])
+    assert len(counts) - alone < 2 * alone
 
 
 def test_new_weights_forget_the_cache(tokenizer):

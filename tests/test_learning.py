@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 
-from run_rl import Settings, train
+from run_rl import IMPROPER, Settings, train
 from run_sft import sft_loss, to_ledger
 from thor.engine import HFEngine
 from thor.policy import optimizer_step
@@ -111,6 +111,8 @@ def test_no_signal_is_explained_not_a_crash(tmp_path, executor, capsys):
         and metrics["draws_capped"] == 1
         and "loss" not in metrics
     )
+    zeros = {"skipped", "groups_kept", "groups_thin", "step_groups_kept", *(f"dropped_{why}" for why in IMPROPER)}
+    assert all(metrics[name] == 0 for name in zeros)  # a count of zero is written too
 
 
 def test_several_updates_and_a_resumed_run_repeat_the_metrics(tmp_path, executor):

@@ -118,8 +118,7 @@ class Tree:
         while members:
             head = self._sequences[members[0]]
             same = [m for m in members if self._sequences[m][depth] == head[depth]]
-            stop = min(common_prefix(head, self._sequences[m], depth) for m in (same[-1], same[0]))
-            stop = min(stop, *(len(self._sequences[m]) for m in same))
+            stop = common_prefix(head, self._sequences[same[-1]], depth)  # sorted, so what these share all share
             start = len(self.token_ids)
             lineage = [*ancestors, len(self.sizes)]
             self.sizes.append(stop - depth)

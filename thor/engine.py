@@ -129,7 +129,10 @@ class HFEngine:
                 f"there is room for {self.rows.tokens} (kv_tokens)"
             )
         self.sharers.setdefault(hash(_shared(request)), set()).add(request.id)
-        self.queue.append(request)
+        if any(row and row.request.id == request.id for row in self.rows.items):
+            self.queue.appendleft(request)  # before fresh ones take the place of its keys and values
+        else:
+            self.queue.append(request)
 
     def has_work(self) -> bool:
         return bool(self.queue) or any(row and row.running for row in self.rows.items)
@@ -142,9 +145,8 @@ class HFEngine:
             for name, parameter in named_parameters:
                 if own[name].data_ptr() != parameter.data_ptr():
                     own[name].copy_(parameter)
-        self.rows.forget()
-        self.prefixes.forget()
-        self.clock = 0
+        self.rows.clear()
+        self.prefixes.clear()
         self._unpack()
 
     def sleep(self) -> None:
@@ -211,13 +213,17 @@ class HFEngine:
     def _admit(self) -> None:
         """Give waiting requests a row: their own from before, a free one, or the one that has idled longest."""
         rows, wanted = self.rows, {request.id for request in self.queue}
-        if self.queue and not any(row and row.running for row in rows.items):
-            longest = max(len(request.token_ids) + self._room(request) for request in self.queue)
-            if rows.tokens < rows.max_slots * rows.capacity and longest <= rows.capacity - 64:
-                rows.clear()  # few and long, from an earlier request; these can be more and shorter
+        running = [i for i, row in enumerate(rows.items) if row and row.running]
+        if len(running) + len(self.queue) > rows.tokens // max(1, rows.capacity) < rows.max_slots:
+            # few slots and long ones, from an earlier request; those of now can be more and shorter
+            requests = [*self.queue, *(rows.items[i].request for i in running)]
+            longest = -(-max(len(request.token_ids) + self._room(request) for request in requests) // 64) * 64
+            if longest < rows.capacity:
+                rows.resize(min(rows.max_slots, rows.tokens // longest), longest, running)
         while self.queue:
             request, ids = self.queue[0], self.queue[0].token_ids
-            mine = next((row for row in rows.items if row and row.request.id == request.id and not row.running), None)
+            own = [row for row in rows.items if row and row.request.id == request.id and not row.running]
+            mine = max(own, key=lambda row: common_prefix(row.token_ids, ids), default=None)
             if mine and common_prefix(mine.token_ids, ids) <= max(mine.offset, len(_shared(request))):
                 mine = None  # the same id, another text: what it shares with others is worth more
             prefix = mine.prefix if mine else self._prefix(request, wanted)
@@ -231,7 +237,7 @@ class HFEngine:
                 at = rows.items.index(mine)
             elif (at := rows.place(length, worth)) is None:
                 return
-            elif mine in rows.items:
+            elif mine and mine in rows.items:
                 at = rows.items.index(mine)
             cached = 0
             if mine and rows.items[at] is mine:

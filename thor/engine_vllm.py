@@ -161,8 +161,8 @@ class VLLMEngine:
             output_kind=self.vllm.sampling_params.RequestOutputKind.DELTA,
         )
         prompt = self.vllm.inputs.tokens_input(request.token_ids)
+        self.llm.llm_engine.add_request(request.id, prompt, params)  # first: it may be refused
         self.turns[request.id] = _Turn(request, request.stop, TextStream(self.tokenizer), self.eos, room)
-        self.llm.llm_engine.add_request(request.id, prompt, params)
 
     def step(self) -> list[Completion]:
         finished = []
@@ -349,7 +349,9 @@ class HTTPEngine:
             entries = response.json()["data"]
             names = [entry["id"] for entry in entries]
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise ServerError(f"{self.url}: no answer ({error}); is `vllm serve` running there?") from error
+            raise ServerError(
+                f"{self.url}: no answer ({' '.join(str(error).split())}); is `vllm serve` running there?"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise ServerError(f"{self.url}: answers, but not as `vllm serve` does") from error
         if not entries or (name and name not in names):

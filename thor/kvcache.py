@@ -42,12 +42,6 @@ class Store:
         self.capacity, self.items = 0, []
         self.keys, self.values = ([self._zeros(0, 0) for _ in range(self.shape[0])] for _ in "kv")
 
-    def forget(self) -> None:
-        """Empty all slots; a few long ones, to which others had to make way, are given back."""
-        if len(self.items) < self.max_slots:
-            self.clear()
-        self.items = [None] * len(self.items)
-
     def _zeros(self, slots: int, capacity: int) -> torch.Tensor:
         _, heads, size = self.shape
         return torch.zeros(slots, heads, capacity, size, dtype=self.dtype, device=self.device)
@@ -65,12 +59,13 @@ class Store:
             return None
         if capacity > self.capacity or (len(kept) == len(self.items) < most):
             kept = kept[:most]
-            self._resize(min(most, max(len(kept) + 1, 2 * len(self.items))), capacity, kept)
+            self.resize(min(most, max(len(kept) + 1, 2 * len(self.items))), capacity, kept)
         if None in self.items:
             return self.items.index(None)
         return min(range(len(self.items)), key=lambda i: worth(self.items[i]))
 
-    def _resize(self, slots: int, capacity: int, keep: list[int]) -> None:
+    def resize(self, slots: int, capacity: int, keep: list[int]) -> None:
+        """Other slots, of another length, that begin with the items `keep`; the others are lost."""
         length = min(capacity, self.capacity)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):  # one at a time: old and new of all layers might not fit

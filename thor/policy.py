@@ -421,13 +421,16 @@ def save_checkpoint(
         link.symlink_to(path.name)
         os.replace(link, folder / "latest.pt")
         for old in sorted(folder.glob("[0-9]*.pt"))[:-keep]:
-            old.unlink()
+            if old != path:  # a later number may be left of a run that was killed before it was linked
+                old.unlink()
     gather(None)  # a rank that went on and then ended would have torchrun end rank 0 in here
 
 
 def restore(run: Run, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict:
     """Load the run's checkpoint, if there is one; returns its progress (empty for a fresh run)."""
     path, state = run / CHECKPOINTS / "latest.pt", {}
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: leads to no file; link it to a checkpoint beside it, or begin in another folder")
     if rank() == 0 and path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
     progress, stepped = gather((state.get("progress"), bool(state.get("optimizer"))))[0]

@@ -205,7 +205,7 @@ class Run:
 
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
         self.append("metrics.jsonl", {"step": step, **clean})
-        self._board = self._board or SummaryWriter(str(self / "tensorboard"))
+        self._board = self._board or SummaryWriter(str(self / "tensorboard"), purge_step=step)
         for name, value in clean.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)

@@ -177,9 +177,9 @@ def peak_mib() -> float:
 @torch.no_grad()
 def matmul_rate(model, multiply: Callable, rows: int = 1024) -> float:
     """FLOP/s of the model's own linear layers on so many tokens."""
-    weights = [m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    if model.device.type == "cuda":
-        weights = [w.to(torch.bfloat16) for w in weights]
+    shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]  # they may be sharded
+    dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+    weights = [torch.randn(shape, dtype=dtype, device=model.device) for shape in shapes]
     inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
     clock, best = Clock(), float("inf")
     for _ in range(5):
