@@ -677,7 +677,9 @@ def main(argv: list[str] | None = None) -> None:
         with run.whole_folder("final") as folder:
             save_policy(model, tokenizer, folder)
         print(f"model in {run / 'final'}")
-        engine.update_weights(policy_parameters(model))
+        if settings.evaluate:
+            engine.update_weights(policy_parameters(model))
+            gather(None)  # a GPU may still be at it when the other ranks would end
         if settings.evaluate and rank() == 0:
             summary, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after RL")
             run.write_json("eval.json", summary)

@@ -80,6 +80,10 @@ def run_main(main: Callable[[], None], many_ranks: bool = False) -> None:
         code = 2
         if first_to_fail():  # of all ranks, or of those that come to this end together
             print(f"{name}: error: {error}", file=sys.stderr)
+    except SystemExit as end:  # of bad input, said already: with many ranks it must not take the ordinary way out
+        if ranks == 1:
+            raise
+        code = end.code if isinstance(end.code, int) else 1
     except Exception:
         if ranks == 1:
             raise
