@@ -396,6 +396,11 @@ def update(model, optimizer, examples: list[Example], settings: Settings) -> dic
     }
 
 
+def split_evenly(examples: list[Example], updates: int) -> list[list[Example]]:
+    """The optimizer batches of an iteration: `updates` of them, of sizes that differ by one at most, none empty."""
+    return [examples[u::updates] for u in range(min(updates, len(examples)))]
+
+
 @torch.no_grad()
 def fill_logps(model, examples: list[Example], name: str, settings: Settings) -> None:
     """Log-probs of all action tokens under `model` into the field `name` of each example; values into `value_old`."""
@@ -608,16 +613,13 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
                 fill_advantages(examples, settings)
             if settings.kl_coef:
                 fill_logps(reference, examples, "logp_ref", settings)
-            size, skipped = -(-len(examples) // settings.updates), 0
-            for u in range(0, len(examples), size):
-                batch = examples[u : u + size]
+            skipped = 0
+            for u, batch in enumerate(split_evenly(examples, settings.updates)):
                 metrics = update(model, optimizer, batch, settings)
                 in_a_row = in_a_row + 1 if metrics["skipped"] else 0
                 if metrics["skipped"]:
                     skipped += 1
-                    dump_skipped(
-                        run, f"{iteration:06d}-{u // size}", [e.to_dict() for e in batch if e.logp is not None]
-                    )
+                    dump_skipped(run, f"{iteration:06d}-{u}", [e.to_dict() for e in batch if e.logp is not None])
                 if in_a_row == MAX_SKIPPED:
                     break
             metrics["skipped"] = skipped

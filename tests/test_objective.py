@@ -33,6 +33,7 @@ from run_rl import (
     improper,
     policy_loss,
     signal,
+    split_evenly,
     update,
     value_loss,
 )
@@ -255,6 +256,17 @@ def gradient(model, batch: list[Example], settings: Settings) -> tuple[torch.Ten
     optimizer = Gradient(model.parameters(), lr=0.0)
     metrics = update(model, optimizer, batch, replace(settings, clip=1e9))
     return optimizer.vector, metrics
+
+
+@pytest.mark.parametrize(
+    ("count", "updates", "sizes"),
+    [(10, 4, [3, 3, 2, 2]), (9, 4, [3, 2, 2, 2]), (8, 4, [2, 2, 2, 2]), (2, 4, [1, 1]), (5, 1, [5]), (0, 3, [])],
+)
+def test_an_iteration_is_split_evenly_into_its_updates(count, updates, sizes):
+    """Cut into pieces of ceil(9 / 4) = 3 there would be three updates in place of four."""
+    batches = split_evenly([f"example {i}" for i in range(count)], updates)
+    assert [len(batch) for batch in batches] == sizes
+    assert sorted(e for batch in batches for e in batch) == sorted(f"example {i}" for i in range(count))
 
 
 def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
