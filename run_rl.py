@@ -429,8 +429,9 @@ def fill_advantages(examples: list[Example], settings: Settings) -> None:
     for level in ("trajectory", "step") if settings.whiten else ():
         chosen = [e for e in examples if e.level == level]
         everything = torch.cat([torch.empty(0), *(e.advantage for e in chosen)])
+        mean, std = everything.mean(), everything.std(correction=0)
         for example in chosen:
-            example.advantage = (example.advantage - everything.mean()) / (everything.std(correction=0) + 1e-6)
+            example.advantage = (example.advantage - mean) / (std + 1e-6)
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -682,10 +683,10 @@ def main(argv: list[str] | None = None) -> None:
         if settings.evaluate:
             engine.update_weights(policy_parameters(model))
             gather(None)  # a GPU may still be at it when the other ranks would end
-        if settings.evaluate and rank() == 0:
-            summary, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after RL")
-            run.write_json("eval.json", summary)
-            print(table([("after RL", summary)]))
+            if rank() == 0:
+                summary, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after RL")
+                run.write_json("eval.json", summary)
+                print(table([("after RL", summary)]))
 
 
 if __name__ == "__main__":

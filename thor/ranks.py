@@ -91,4 +91,5 @@ def gather(value: Any) -> list[Any]:
 
 def add_up(values: dict[str, float]) -> dict[str, float]:
     """Sums over the ranks, which all have the same keys."""
-    return {key: sum(part[key] for part in parts) for parts in [gather(values)] for key in values}
+    parts = gather(values)
+    return {key: sum(part[key] for part in parts) for key in values}
