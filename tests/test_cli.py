@@ -218,6 +218,29 @@ def test_whole_folder_appears_only_when_it_is_whole(tmp_path):
     assert [p.name for p in (run / "final").iterdir()] == ["whole"]
 
 
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_nothing_is_left_of_a_folder_that_was_being_replaced(tmp_path, monkeypatch, killed_at):
+    run = Run(str(tmp_path / "r"), Demo(), resume=False)
+    run.start()
+    (run / "final").mkdir()
+    rename, calls = os.replace, []
+
+    def killed(*paths):
+        calls.append(paths)
+        if len(calls) == killed_at:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), run.whole_folder("final") as folder:
+        patch.setattr(os, "replace", killed)
+        (folder / "first").touch()
+    assert (run / "final.old").exists() == (killed_at == 2)
+    with run.whole_folder("final") as folder:
+        (folder / "second").touch()
+    assert [p.name for p in (run / "final").iterdir()] == ["second"]
+    assert sorted(p.name for p in run.folder.iterdir()) == ["config.json", "final"]
+
+
 def trajectory(reward: float, passed: list[bool], sampled: int, discarded: int = 0, finish: str = "stop") -> Trajectory:
     steps = [Step(i, i, i, i, "x", ExecResult("ok" if p else "error")) for i, p in enumerate(passed)]
     t = Trajectory(Problem("p", "q"), [1], steps=steps, reward=reward, discarded=discarded, finish=finish)

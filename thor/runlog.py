@@ -225,14 +225,12 @@ class Run:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        old = self / f"{name}.old"
         if target.exists():
-            old = target.with_name(f"{target.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
-            os.replace(temporary, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, target)
+        os.replace(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)  # or that of a run that was killed between the two names
 
 
 def write_atomic(path: Path, text: str) -> None:
