@@ -160,6 +160,16 @@ def test_a_deterministic_rollout_does_not_depend_on_how_fast_tools_are(tokenizer
     assert order == order_of_requests(tokenizer, [0.15, 0.1, 0.05, 0.0]) and len(order) == 8
 
 
+def test_a_resumed_run_may_compute_in_another_way_but_not_learn_another_thing(run):
+    ways = dict(device="cuda", rows=3, kv_tokens=999, tree=False, gradient_checkpointing=True, rank_timeout=9.0)
+    ways |= dict(max_tokens_per_micro_batch=7, iterations=99, save_every=5, keep=1, evaluate=True)
+    assert {*ways, "out"} == set(Run.MAY_CHANGE)
+    Run(str(run.folder), replace(SETTINGS, **ways), resume=True)
+    for change in ({"lr": 1.0}, {"updates": 2}, {"temperature": 0.7}, {"sampler": "vllm"}, {"seed": 1}, {"group": 4}):
+        with pytest.raises(UserError, match=f"--resume: {next(iter(change))} was"):
+            Run(str(run.folder), replace(SETTINGS, **change), resume=True)
+
+
 # Runs a script's main in a fork, which kills itself at the n-th time that it comes to a chosen point. To fork saves the
 # seconds of importing everything for each of the kills.
 KILLER = r"""

@@ -126,18 +126,15 @@ class Run:
     """The folder of one run.
 
     resume=False refuses a folder that holds anything; resume=True takes up what is there (an empty one is fine) and
-    refuses settings other than those of its config.json, but for those that do not change results. Only rank 0 writes.
+    refuses settings other than those of its config.json, but for MAY_CHANGE. Only rank 0 writes.
     """
 
     MAY_CHANGE = (
-        "out",
-        "device",
-        "keep",
-        "save_every",
-        "evaluate",
-        "rank_timeout",
-        "iterations",
-        "max_tokens_per_micro_batch",
+        # how far the run goes, where it stands and what is written of it
+        *("iterations", "out", "save_every", "keep", "evaluate"),
+        # speed and memory: up to rounding the result is the same
+        *("device", "rank_timeout", "rows", "kv_tokens"),
+        *("max_tokens_per_micro_batch", "tree", "gradient_checkpointing"),
     )
 
     def __init__(self, folder: str, settings: Any, resume: bool) -> None:
