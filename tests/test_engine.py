@@ -1,6 +1,7 @@
 """HFEngine against transformers' own generate, and its log-probs against the trainer's."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -332,6 +333,15 @@ def test_tree_computes_each_distinct_prefix_once():
     for sequence, index in zip(sequences, tree.index, strict=True):
         assert [tree.token_ids[i] for i in index] == sequence
         assert [tree.positions[i] for i in index] == list(range(len(sequence)))
+
+
+def test_a_tree_may_branch_deeper_than_python_recurses():
+    depth = sys.getrecursionlimit() + 500
+    sequences = [[7] * (i + 1) for i in range(depth)]  # each is a prefix of the next
+    tree = Tree(sequences)
+    assert tree.token_ids == [7] * depth and tree.positions == list(range(depth)) and tree.sizes == [1] * depth
+    assert all(index == list(range(i + 1)) for i, index in enumerate(tree.index))
+    assert tree.lineages[-1] == list(range(depth))
 
 
 def test_tree_logps_and_gradients_equal_row_by_row(tokenizer):

@@ -106,19 +106,18 @@ class Tree:
         self.sizes: list[int] = []
         self.lineages: list[list[int]] = []
         self.index: list[list[int]] = [[] for _ in sequences]
-        self._sequences = sequences
         # sorting brings sequences with a common prefix together, so that each branching is a run of neighbours
         order = sorted(range(len(sequences)), key=sequences.__getitem__)
-        for members in [order] if share else [[m] for m in order]:
-            self._branch(members, 0, [])
-
-    def _branch(self, members: list[int], depth: int, ancestors: list[int]) -> None:
-        """Lay out the part from `depth` on of the sequences `members`, sorted, all equal up to there."""
-        members = [m for m in members if len(self._sequences[m]) > depth]
-        while members:
-            head = self._sequences[members[0]]
-            same = [m for m in members if self._sequences[m][depth] == head[depth]]
-            stop = common_prefix(head, self._sequences[same[-1]], depth)  # sorted, so what these share all share
+        # still to be laid out: (sequences, sorted and all equal up to a depth, that depth, the segments before it)
+        branches = [(order, 0, [])] if share else [([m], 0, []) for m in reversed(order)]
+        while branches:  # and not by recursion, which Python bounds: each prefix may be one of the next
+            members, depth, ancestors = branches.pop()
+            members = [m for m in members if len(sequences[m]) > depth]
+            if not members:
+                continue
+            head = sequences[members[0]]
+            same = [m for m in members if sequences[m][depth] == head[depth]]
+            stop = common_prefix(head, sequences[same[-1]], depth)  # sorted, so what these share all share
             start = len(self.token_ids)
             lineage = [*ancestors, len(self.sizes)]
             self.sizes.append(stop - depth)
@@ -127,8 +126,7 @@ class Tree:
             self.positions += range(depth, stop)
             for m in same:
                 self.index[m] += range(start, start + stop - depth)
-            self._branch(same, stop, lineage)
-            members = members[len(same) :]
+            branches += [(members[len(same) :], depth, ancestors), (same, stop, lineage)]
 
     def attend(self, layer: int, query, key, value, scaling: float, window: int | None) -> torch.Tensor:
         """query [H, T, D], key and value [K, T, D] -> [H, T, D]; see the class for who sees whom."""
