@@ -58,6 +58,8 @@ def test_the_settings_of_the_papers_runs_parse():
         assert (settings.prompts, settings.group, settings.lr, settings.temperature) == (128, 16, 1e-6, 1.0)
         assert (settings.max_tokens, settings.max_rounds, settings.suffix_tokens) == (tokens, 5, 100)
         assert settings.gradient_checkpointing and settings.tree and settings.estimator == "grpo"
+        longest = -(-(800 + tokens) // 64) * 64  # a slot of the engine's cache, with the prompt
+        assert settings.kv_tokens - settings.kv_tokens // 4 >= settings.rows * longest  # as counted in the file
 
 
 # ---- guards ---------------------------------------------------------------------------------------------------------
