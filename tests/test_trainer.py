@@ -19,7 +19,7 @@ import run_rl
 import run_sft
 from run_rl import train
 from thor.engine import HFEngine
-from thor.policy import load_policy, restore, save_policy
+from thor.policy import dump_skipped, load_policy, restore, save_policy
 from thor.rollout import Sampling, solve
 from thor.runlog import Run, UserError, parse_settings
 from thor.trajectory import ExecResult, Problem
@@ -122,6 +122,11 @@ def test_sft_stops_too(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in last.read_text().splitlines()]
     assert len(rows) == 2 and all(len(row["logp"]) == 2 and row["scored"] == [2, 3] for row in rows)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_rank_that_had_nothing_of_a_skipped_batch_leaves_no_file(run):
+    dump_skipped(run, "000000", [])
+    assert not (run / "skipped").exists()
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------

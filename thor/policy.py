@@ -384,7 +384,9 @@ CHECKPOINTS = "checkpoints"
 
 
 def dump_skipped(run: Run, name: str, records: list[dict]) -> None:
-    """The batch of a skipped step, to look at: skipped/<name>-rank<r>.jsonl with what this rank had of it."""
+    """The batch of a skipped step, to look at: skipped/<name>-rank<r>.jsonl with what this rank had of it, if any."""
+    if not records:
+        return
     folder = run / "skipped"
     folder.mkdir(parents=True, exist_ok=True)  # on a node of its own it is not there yet
     write_atomic(folder / f"{name}-rank{rank()}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
