@@ -19,7 +19,7 @@ import run_rl
 import run_sft
 from run_rl import train
 from thor.engine import HFEngine
-from thor.policy import dump_skipped, load_policy, restore, save_policy
+from thor.policy import dump_skipped, load_policy, restore, save_checkpoint, save_policy
 from thor.rollout import Sampling, solve
 from thor.runlog import Run, UserError, parse_settings
 from thor.trajectory import ExecResult, Problem
@@ -130,6 +130,23 @@ def test_a_rank_that_had_nothing_of_a_skipped_batch_leaves_no_file(run):
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_rotate_past_one_left_by_a_killed_run(run):
+    """It was written and not yet linked. It counts for none of those that are kept, and is gone with the next one."""
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    folder = run / "checkpoints"
+
+    def save(number: int) -> list[str]:
+        save_checkpoint(run, model, optimizer, number, {"iteration": number}, keep=2)
+        assert restore(run, model, optimizer) == {"iteration": number}
+        return sorted(path.stem for path in folder.glob("[0-9]*.pt"))
+
+    assert save(1) == ["000001"]
+    (folder / "000009.pt").write_bytes(b"of a killed run")
+    assert save(2) == ["000001", "000002"]
+    assert save(3) == ["000002", "000003"]
 
 
 class SlowTools(ThreadPoolExecutor):

@@ -422,9 +422,10 @@ def save_checkpoint(
         link.unlink(missing_ok=True)  # of a run that was killed here
         link.symlink_to(path.name)
         os.replace(link, folder / "latest.pt")
-        for old in sorted(folder.glob("[0-9]*.pt"))[:-keep]:
-            if old != path:  # a later number may be left of a run that was killed before it was linked
-                old.unlink()
+        there = sorted(folder.glob("[0-9]*.pt"))
+        newer = there.index(path) + 1  # later numbers are left of a run that was killed before they were linked
+        for other in there[: max(0, newer - keep)] + there[newer:]:
+            other.unlink()
     gather(None)  # a rank that went on and then ended would have torchrun end rank 0 in here
 
 
