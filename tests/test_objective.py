@@ -1,6 +1,8 @@
 """The hierarchical objective against numbers worked out by hand."""
 
 import math
+import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -38,6 +40,7 @@ from run_rl import (
     value_loss,
 )
 from run_sft import sft_loss
+from thor import policy
 from thor.attention import Tree, use_layout_attention
 from thor.engine import HFEngine
 from thor.policy import (
@@ -47,6 +50,7 @@ from thor.policy import (
     distinct_tokens,
     micro_batches,
     optimizer_step,
+    score_tokens,
 )
 from thor.rollout import Sampling, solve
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
@@ -388,6 +392,67 @@ def test_only_the_states_that_predict_action_tokens_have_logits(tokenizer):
     assert distance.amin(0).max() < 1e-4 and distance.amin(1).max() < 1e-4
 
 
+@pytest.mark.parametrize("tree", [True, False])
+def test_only_action_tokens_are_paired_with_the_states_before_them(tokenizer, monkeypatch, tree):
+    """No prompt, observation, prefix or pad position predicts anything, and none is a target."""
+    found, score = Counter(), policy._score_pairs
+
+    def watched(model, layout, pairs, *args):
+        for place, target in pairs.tolist():
+            [index] = [index for index in layout.index if place in index][:1]  # any of those that share the place
+            found[(*(layout.token_ids[i] for i in index[: index.index(place) + 1]), target)] += 1
+        return score(model, layout, pairs, *args)
+
+    monkeypatch.setattr(policy, "_score_pairs", watched)
+    gradient(tiny_llama(tokenizer), examples(), Settings(max_tokens_per_micro_batch=25, tree=tree))
+    expected = Counter()  # the text up to each action token and with it, read off the ledgers
+    for trajectory in (e.trajectory for e in examples()):
+        for i, sampled in enumerate(trajectory.action_mask):
+            expected[(*trajectory.prompt_ids, *trajectory.token_ids[: i + 1])] += sampled
+    assert found == +expected and found.total() == 4 + 3 + 8 + 3 + 2
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_labels_of_all_but_action_tokens_may_be_anything(tokenizer, monkeypatch, tree):
+    """The model reads the true ids; what targets are taken from holds random ones wherever action_mask is 0."""
+    settings, rng, true = Settings(max_tokens_per_micro_batch=25, tree=tree), random.Random(0), {}
+    whole, metrics = gradient(tiny_llama(tokenizer), examples(), settings)
+    batch = examples()
+    for example in batch:
+        ids, t = example.token_ids, example.trajectory
+        t.prompt_ids = [rng.randrange(200) for _ in t.prompt_ids]
+        t.token_ids = [
+            token if sampled else rng.randrange(200) for token, sampled in zip(t.token_ids, t.action_mask, strict=True)
+        ]
+        true[tuple(example.token_ids)] = ids
+    assert len(true) == len(batch) and all(list(labels) != ids for labels, ids in true.items())
+    model = tiny_llama(tokenizer)
+    use_layout_attention(model)
+    monkeypatch.setattr(policy, "Tree", lambda rows, share: Tree([true[tuple(row)] for row in rows], share=share))
+    vector, same = gradient(model, batch, settings)
+    assert_close(whole, vector)
+    assert same == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+
+
+def test_what_is_saved_for_the_backward_pass_is_less_than_the_logits_of_two_chunks(tokenizer):
+    vocabulary, tokens, chunk = 5000, 1500, 50
+    model, saved = tiny_llama(tokenizer, vocab_size=vocabulary), {}
+    use_layout_attention(model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def save(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x  # kept, so that no other tensor gets its place
+        return x
+
+    model.model.register_forward_hook(lambda *_: saved.clear())  # what the layers keep is another matter
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        ids = [i % 300 for i in range(tokens)]
+        scores = score_tokens(model, [ids], [list(range(1, tokens))], 1.0, chunk=chunk)
+    kept = sum(x.untyped_storage().nbytes() for place, x in saved.items() if place not in weights)
+    assert 0 < kept < 2 * chunk * vocabulary * 4 < tokens * vocabulary * 4 / 10
+    scores.logp.sum().backward()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probs_and_entropies_have_the_gradients_of_log_softmax(temperature, dtype):
@@ -453,6 +518,23 @@ def test_on_the_first_pass_ratio_is_1_and_sampler_and_trainer_agree(tokenizer, e
     _, metrics = gradient(model, batch, settings)
     assert metrics["ratio"] == pytest.approx(1, abs=1e-4) and metrics["clip_fraction"] == 0
     assert abs(metrics["mismatch_kl"]) < 1e-4 and metrics["tokens_trajectory"] > 100
+
+
+def test_an_update_with_unknown_log_probs_of_the_sampler_by_hand(tokenizer):
+    """vLLM gives NaN now and then: such a token has weight 1 and is counted."""
+    model, trajectory = tiny_llama(tokenizer), ledger("11011")
+    logps = torch.log_softmax(model(torch.tensor([[1, 2, *trajectory.token_ids]])).logits[0], -1)
+    logp = [logps[1 + i, trajectory.token_ids[i]].item() for i in (0, 1, 3, 4)]
+    # weights 1, exp(log 4) capped at 2, 1/2, 1
+    known = [math.nan, logp[1] - math.log(4), logp[2] + math.log(2), math.nan]
+    trajectory.logp_sampler = [*known[:2], 0.0, *known[2:]]
+    vector, metrics = gradient(model, [Example(trajectory, 1.5, "trajectory")], Settings(nll_coef=0.01, is_cap=2.0))
+    expected = -1.5 * (1 + 2 + 0.5 + 1) / 4 - 0.01 * sum(logp) / 4  # ratio 1
+    assert metrics["loss"] == pytest.approx(expected, abs=1e-5) and metrics["skipped"] == 0
+    assert metrics["logp_unknown"] == 2 and torch.isfinite(vector).all() and vector.any()
+    # k3 of d = logp_sampler - logp_old: exp(d) - 1 - d, nothing for those unknown
+    k3 = (math.exp(-math.log(4)) - 1 + math.log(4)) + (math.exp(math.log(2)) - 1 - math.log(2))
+    assert metrics["mismatch_kl"] == pytest.approx(k3 / 4, abs=1e-4)
 
 
 def test_all_masked_batch_changes_nothing(tokenizer):

@@ -14,10 +14,12 @@ import pytest
 import torch
 from conftest import ScriptedEngine, byte_tokenizer, tiny_llama
 from test_learning import BAD, GOOD, RIGHT, SETTINGS, WRONG, cold_start
+from tqdm import tqdm
 
 import run_rl
 import run_sft
-from run_rl import train
+from run_rl import draw_problems, sample_trajectories, train
+from thor import policy
 from thor.engine import HFEngine
 from thor.policy import dump_skipped, load_policy, restore, save_checkpoint, save_policy
 from thor.rollout import Sampling, solve
@@ -127,6 +129,51 @@ def test_sft_stops_too(tmp_path, monkeypatch):
 def test_a_rank_that_had_nothing_of_a_skipped_batch_leaves_no_file(run):
     dump_skipped(run, "000000", [])
     assert not (run / "skipped").exists()
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_draw_fills_up_the_groups_that_the_first_left(tokenizer, executor):
+    """Of three problems all samples of two are right: two others are drawn for them."""
+    settings = replace(SETTINGS, prompts=3, max_draws=4, min_tokens=1)
+    order = [problem.id for problem in draw_problems(PROBLEMS, 0, 8, settings.seed)]
+    easy = {order[0], order[2]}
+
+    def reply(request, turn):
+        name, sample = request.id.split("#")
+        return RIGHT if name in easy or int(sample) % 2 else WRONG
+
+    engine, bar = ScriptedEngine(tokenizer, reply), tqdm(disable=True)
+    examples, everything, cursor, counts = sample_trajectories(engine, executor, PROBLEMS, 0, 0, settings, bar)
+    assert counts["draws"] == 2 and counts["draws_capped"] == 0 and cursor == 5
+    assert counts["groups_kept"] == settings.prompts and counts["groups_equal"] == 2 and counts["groups_thin"] == 0
+    assert counts["sampled"] == len(everything) == counts["kept"] == 5 * settings.group
+    learned = {example.trajectory.problem.id for example in examples}
+    assert learned == {order[1], order[3], order[4]} and len(examples) == 3 * settings.group
+
+
+@pytest.mark.parametrize(("updates", "extra"), [(1, 0), (2, 1)])
+def test_logp_old_costs_no_pass_with_one_update_and_one_with_several(run, executor, monkeypatch, updates, extra):
+    """One pass scores each action token once; the updates of an iteration together are one pass too."""
+    passes = {run_rl: [], policy: []}  # scored tokens of each call, before and in the update
+
+    def watch(module, score):
+        def counted(model, sequences, scored, *args, **kwargs):
+            passes[module].append(sum(map(len, scored)))
+            return score(model, sequences, scored, *args, **kwargs)
+
+        monkeypatch.setattr(module, "score_tokens", counted)
+
+    for module in passes:
+        watch(module, module.score_tokens)
+    model, tokenizer, engine = cold_start([GOOD, BAD], [RIGHT, WRONG])
+    passes[policy].clear()
+    settings = replace(SETTINGS, iterations=1, updates=updates, max_tokens_per_micro_batch=100_000)
+    train(model, tokenizer, engine, executor, PROBLEMS, run, settings)
+    [before], during = passes[run_rl] or [None], passes[policy]
+    assert len(during) == updates and len(passes[run_rl]) == extra
+    assert before == (sum(during) if extra else None) and sum(during) > 50
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
