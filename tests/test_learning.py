@@ -115,8 +115,10 @@ def test_no_signal_is_explained_not_a_crash(tmp_path, executor, capsys):
     assert all(metrics[name] == 0 for name in zeros)  # a count of zero is written too
 
 
-def test_several_updates_and_a_resumed_run_repeat_the_metrics(tmp_path, executor):
-    settings = replace(SETTINGS, iterations=4, updates=2, lr=1e-3)
+@pytest.mark.parametrize("changes", [{}, dict(estimator="ppo", kl_coef=0.1, gradient_checkpointing=True, whiten=True)])
+def test_several_updates_and_a_resumed_run_repeat_the_metrics(tmp_path, executor, changes):
+    """Also with a value head, its optimizer state and learning rate, and the model at the start, which is not saved."""
+    settings = replace(SETTINGS, iterations=4, updates=2, lr=1e-3, **changes)
     whole = learn(tmp_path / "whole", executor, [GOOD, BAD], [RIGHT, WRONG], settings)
 
     class Killed(BaseException):

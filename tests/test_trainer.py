@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ import run_rl
 import run_sft
 from run_rl import draw_problems, sample_trajectories, train
 from thor import policy
+from thor.attention import use_layout_attention
 from thor.engine import HFEngine
 from thor.policy import dump_skipped, load_policy, restore, save_checkpoint, save_policy
 from thor.rollout import Sampling, solve
@@ -62,6 +65,44 @@ def test_the_settings_of_the_papers_runs_parse():
         assert settings.gradient_checkpointing and settings.tree and settings.estimator == "grpo"
         longest = -(-(800 + tokens) // 64) * 64  # a slot of the engine's cache, with the prompt
         assert settings.kv_tokens - settings.kv_tokens // 4 >= settings.rows * longest  # as counted in the file
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+
+def documented(script: str) -> set[str]:
+    """Names in the first column of the tables that docs/metrics.md has for a script; * stands for any end."""
+    [section] = [part for part in (ROOT / "docs/metrics.md").read_text().split("\n## ") if part.startswith(script)]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return {name for cell in cells for name in re.findall(r"`([a-z_*]+)`", cell)} | {"step"}
+
+
+def assert_documented(written: set[str], names: set[str]) -> None:
+    assert {name for name in written if not any(fnmatch(name, pattern) for pattern in names)} == set()
+    assert {pattern for pattern in names if not any(fnmatch(name, pattern) for name in written)} == set()
+
+
+def test_every_metric_of_rl_is_documented_and_every_documented_one_is_written(tmp_path, executor):
+    names = documented("run_rl.py")
+    assert {"step", "dropped_*", "groups_thin", "step_groups_*", "seconds_steps", "loss_value"} < names
+    for estimator, missing in (("grpo", {"loss_value"}), ("ppo", set())):
+        settings = replace(SETTINGS, iterations=1, estimator=estimator, kl_coef=0.1, entropy_coef=0.01)
+        run = Run(str(tmp_path / estimator), settings, resume=False)
+        run.start()
+        model, tokenizer, engine = cold_start([GOOD, BAD], [RIGHT, WRONG])
+        train(model, tokenizer, engine, executor, PROBLEMS, run, settings)
+        [line] = run.read("metrics.jsonl")
+        assert_documented(set(line), names - missing)
+
+
+def test_every_metric_of_sft_is_documented_and_every_documented_one_is_written(tmp_path, tokenizer):
+    run = Run(str(tmp_path / "sft"), run_sft.Settings(), resume=False)
+    run.start()
+    model = tiny_llama(tokenizer)
+    use_layout_attention(model)
+    run_sft.train(model, [[1, 2, 3]], [[2]], run, run_sft.Settings(epochs=1))
+    [line] = run.read("metrics.jsonl")
+    assert_documented(set(line), documented("run_sft.py"))
 
 
 # ---- guards ---------------------------------------------------------------------------------------------------------
