@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,45 +67,112 @@ def one_rank(work) -> list[dict]:
 
 
 GRADIENTS = """
-import sys, torch
-from conftest import byte_tokenizer, tiny_llama
-from run_rl import Settings, update
-from test_objective import examples
+import random, sys, torch
+from conftest import byte_tokenizer, tiny_model
+from run_rl import Example, Settings, fill_advantages, fill_logps, update
+from run_sft import sft_loss
+from test_objective import PROBLEM, examples
 from thor.attention import use_layout_attention
-from thor.policy import shard
+from thor.policy import add_value_head, optimizer_step, shard
 from thor.ranks import end_ranks, rank, start_ranks
+from thor.trajectory import Trajectory
 
 class Gradient(torch.optim.SGD):
     def step(self):
         parts = [p.grad for p in self.param_groups[0]["params"]]
         self.vector = torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).ravel() for g in parts])
 
+def prepared(family="llama", value_head=False):
+    model = tiny_model(family, byte_tokenizer())
+    if value_head:
+        add_value_head(model)
+        torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
+    use_layout_attention(model)
+    shard(model)
+    return model, Gradient(model.parameters(), lr=0.0)
+
+def note(name, optimizer, metrics):
+    found[name] = torch.cat([optimizer.vector, torch.tensor([metrics["loss"]])])
+
+def random_batch(rng):
+    ids, batch = lambda: rng.choices([1, 2, 3], k=rng.randint(1, 12)), []
+    for _ in range(rng.randint(1, 8)):
+        t = Trajectory(PROBLEM, ids(), finish="stop", reward=float(rng.random() < 0.5))
+        for turn in range(rng.randint(0, 3)):
+            tokens = ids()
+            t.append_observation(tokens) if turn == 1 else t.append_sampled(tokens, [-5.5] * len(tokens))
+        batch.append(Example(t, rng.choice([-1.5, 0.5, 2.0]), rng.choice(["trajectory", "step"])))
+    return batch
+
+ranks, path = int(sys.argv[1]), sys.argv[2]
 start_ranks("cpu", 60.0)
 found = {}
 six = examples()
 for name, batch in {"both": six, "trajectories": six[:3], "one step": six[3:4], "all masked": six[5:]}.items():
-    model = tiny_llama(byte_tokenizer())
-    use_layout_attention(model)
-    shard(model)
-    optimizer = Gradient(model.parameters(), lr=0.0)
-    update(model, optimizer, batch, Settings(clip=1e9, max_tokens_per_micro_batch=int(sys.argv[2])))
-    found[name] = optimizer.vector
+    model, optimizer = prepared()
+    budget = {1: 1000, 2: 9, 3: 1000}[ranks]
+    note(name, optimizer, update(model, optimizer, batch, Settings(clip=1e9, max_tokens_per_micro_batch=budget)))
+for seed in range(8):  # random samples, cut at random: all ranks, and only they, must draw the same
+    batch, budget = random_batch(random.Random(seed)), random.Random(f"{seed} on {ranks}").randint(1, 60)
+    settings = Settings(clip=1e9, max_tokens_per_micro_batch=budget, estimator=("grpo", "ppo")[seed % 2], step_coef=0.7)
+    model, optimizer = prepared(value_head=seed % 2)
+    if seed % 2:
+        fill_logps(model, batch, "logp_old", settings)
+        fill_advantages(batch, settings)
+    note(f"random {seed}", optimizer, update(model, optimizer, batch, settings))
+    model, optimizer = prepared()
+    scored = [e.scored for e in batch]
+    tokens, sequences = max(1, sum(map(len, scored))), [e.token_ids for e in batch]
+    loss_of = lambda members, scores: sft_loss(scores.logp, tokens)
+    note(f"sft {seed}", optimizer, optimizer_step(model, optimizer, sequences, scored, loss_of, budget, 1e9))
+for family in ("llama", "qwen2", "qwen3"):
+    for observations in (True, False):
+        for tree in (True, False):
+            model, optimizer = prepared(family)
+            batch = examples()
+            for t in (e.trajectory for e in batch if not observations):
+                t.action_mask = [True] * len(t)
+                t.logp_sampler = [-1.0] * len(t)
+            settings = Settings(clip=1e9, max_tokens_per_micro_batch=20, tree=tree)
+            note((family, observations, tree), optimizer, update(model, optimizer, batch, settings))
 if rank() == 0:
-    torch.save(found, sys.argv[1])
+    torch.save(found, path)
 end_ranks()
 """
 
 
-def test_gradient_does_not_depend_on_the_number_of_ranks(work):
-    """Uneven numbers of tokens; ranks with samples of one level only, with none, and with masked ones."""
+@pytest.fixture(scope="module")
+def gradients(work) -> dict[int, dict]:
+    """Gradient and loss, in one vector, of many batches under their name; for each number of ranks."""
     (work / "gradients.py").write_text(GRADIENTS)
-    for ranks, budget in ((1, 1000), (2, 9), (3, 1000)):
-        done = torchrun(ranks, "gradients.py", f"{ranks}.pt", str(budget), cwd=work)
+    for ranks in (1, 2, 3):
+        done = torchrun(ranks, "gradients.py", str(ranks), f"{ranks}.pt", cwd=work)
         assert done.returncode == 0, done.stderr[-3000:]
-    one, *others = (torch.load(work / f"{ranks}.pt") for ranks in (1, 2, 3))
-    for other in others:
+    return {ranks: torch.load(work / f"{ranks}.pt") for ranks in (1, 2, 3)}
+
+
+def assert_equal(one: torch.Tensor, other: torch.Tensor, name: object) -> None:
+    """Of two vectors of a gradient and, last, the loss."""
+    assert one.shape == other.shape and (one - other)[:-1].norm() <= 1e-5 * one[:-1].norm(), name
+    assert one[-1].item() == pytest.approx(other[-1].item(), rel=1e-5, abs=1e-6), name
+
+
+def test_gradient_does_not_depend_on_the_number_of_ranks(gradients):
+    """Uneven numbers of tokens; ranks with samples of one level only, with none, and with masked ones; random ones."""
+    one = gradients[1]
+    assert len(one) == 4 + 8 + 8 + 12 and sum(bool(vector.any()) for vector in one.values()) > 25
+    for ranks in (2, 3):
+        assert gradients[ranks].keys() == one.keys()
         for name, vector in one.items():
-            assert (vector - other[name]).norm() <= 1e-5 * vector.norm(), name
+            assert_equal(vector, gradients[ranks][name], (ranks, name))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_tree_equals_the_plain_way_when_sharded(gradients, ranks):
+    for name, vector in gradients[ranks].items():
+        if name[-1] is True:
+            assert_equal(vector, gradients[ranks][(*name[:-1], False)], (ranks, name))
+    assert sum(name[-1] is True for name in gradients[ranks]) == 6
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -141,8 +209,9 @@ def test_sft_on_two_ranks_gives_the_metrics_of_one(work):
     assert len(read(work / "sft1")) == 9
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(work, one_rank):
-    """Killed on two ranks, resumed on one: the samples are seeded by problem and number, not by rank."""
+@pytest.mark.parametrize(("ranks", "then"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(work, one_rank, ranks, then):
+    """Killed on so many, resumed on others: the samples are seeded by problem and number, not by rank."""
     script = "import sys, run_rl, thor.policy\n"
     script += "import os, signal\n"
     script += "count = [0]\n"
@@ -153,11 +222,60 @@ def test_a_run_goes_on_with_another_number_of_ranks(work, one_rank):
     script += "run_rl.update = update\n"
     script += "run_rl.run_main(run_rl.main, many_ranks=True)\n"
     (work / "killed.py").write_text(script)
-    done = torchrun(2, "killed.py", *RL, "--out", "other", cwd=work)
-    assert done.returncode != 0 and len(read(work / "other")) == 2
-    done = torchrun(1, str(ROOT / "run_rl.py"), *RL, "--out", "other", "--resume", cwd=work)
+    out = f"from {ranks} to {then}"
+    done = torchrun(ranks, "killed.py", *RL, "--out", out, cwd=work)
+    assert done.returncode != 0 and len(read(work / out)) == 2
+    done = torchrun(then, str(ROOT / "run_rl.py"), *RL, "--out", out, "--resume", cwd=work)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(read(work / "other"), one_rank)
+    assert_same(read(work / out), one_rank)
+
+
+POISONED = """
+import run_rl
+from thor.ranks import rank
+
+taken = -1
+FAULTS = {1: "loss", 3: "gradient", 5: "loss", 6: "gradient", 7: "loss"}  # of these optimizer steps
+
+def poisoned(model, optimizer, sequences, scored, loss_of, *args, whole=run_rl.optimizer_step):
+    global taken
+    taken += 1
+
+    def loss_of_rank(members, scores):
+        loss = loss_of(members, scores)
+        if rank() != 1 or taken not in FAULTS:
+            return loss
+        if FAULTS[taken] == "loss":
+            return loss * float("nan")
+        still = loss - loss.detach()  # 0, and the slope of its root is infinite
+        return loss + still.sqrt()
+
+    return whole(model, optimizer, sequences, scored, loss_of_rank, *args)
+
+run_rl.optimizer_step = poisoned
+run_rl.run_main(run_rl.main, many_ranks=True)
+"""
+
+
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_stops_all(work):
+    """NaN losses, and infinite gradients of finite losses, on rank 1 alone; the last three in a row."""
+    (work / "poisoned.py").write_text(POISONED)
+    flags = [*RL, "--updates", "2", "--iterations", "5", "--out", "poisoned"]
+    done = torchrun(2, "poisoned.py", *flags, cwd=work)
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert done.returncode != 0 and len(errors) == 1 and "3 optimizer steps in a row" in errors[0], done.stderr[-3000:]
+    lines = read(work / "poisoned")
+    assert [line["skipped"] for line in lines] == [1, 1, 1, 2]
+    # logged is an iteration's last step: 1, 3, 5 and 7
+    assert [line["loss"] is None for line in lines] == [True, False, True, True]
+    assert [line["grad_norm"] for line in lines] == [None] * 4
+    dumps = [path.name for path in (work / "poisoned/skipped").iterdir()]
+    assert {name[:8] for name in dumps} == {"000000-1", "000001-1", "000002-1", "000003-0", "000003-1"}
+    checkpoint = torch.load(work / "poisoned/checkpoints/latest.pt")
+    assert checkpoint["progress"]["iteration"] == 4
+    assert all(torch.isfinite(p).all() for p in checkpoint["model"].values())
+    done = torchrun(1, str(ROOT / "run_rl.py"), *flags, "--resume", cwd=work)
+    assert done.returncode == 0 and read(work / "poisoned")[4]["skipped"] == 0, done.stderr[-3000:]
 
 
 def test_a_failing_rank_ends_all_with_its_message(work):
@@ -185,10 +303,26 @@ def test_a_rank_that_hangs_is_given_up(work):
     assert done.returncode != 0 and "rank 0: RuntimeError" in done.stderr, done.stderr[-3000:]
 
 
-def test_bad_input_is_one_line_for_all_ranks(work):
-    done = torchrun(2, str(ROOT / "run_rl.py"), "--data", "missing.jsonl", "--out", "bad", cwd=work)
-    errors = [line for line in done.stderr.splitlines() if "run_rl.py: error:" in line]
-    assert done.returncode != 0 and len(errors) == 1 and "missing.jsonl" in errors[0], done.stderr[-3000:]
+@pytest.mark.parametrize(
+    ("script", "lacking", "line"),
+    [
+        ("rl", [0, 1], "error: --data missing.jsonl"),
+        ("rl", [0], "error: --data missing.jsonl"),
+        ("sft", [1], "error: rank 1: --data missing.jsonl"),
+    ],
+)
+def test_bad_input_of_any_rank_is_one_line_for_all(work, script, lacking, line):
+    """A node may lack what others have. No rank is aborted (-6): each ends by itself, or torchrun ends it (-15)."""
+    start = f"import sys, run_{script}\nfrom thor.ranks import rank\n"
+    start += f"if rank() in {lacking}: sys.argv[sys.argv.index('--data') + 1] = 'missing.jsonl'\n"
+    start += f"run_{script}.run_main(run_{script}.main, many_ranks=True)\n"
+    (work / "lacks.py").write_text(start)
+    flags = ["--data", "data.jsonl" if script == "rl" else "tir.jsonl", "--model", "model", "--device", "cpu"]
+    done = torchrun(2, "lacks.py", *flags, "--out", "bad", cwd=work)
+    errors = [text for text in done.stderr.splitlines() if "error:" in text]
+    assert done.returncode != 0 and len(errors) == 1 and line in errors[0], done.stderr[-3000:]
+    codes = set(re.findall(r"exitcode +: (-?\d+)", done.stderr))
+    assert "2" in codes and codes <= {"2", "-15"}, done.stderr[-3000:]
     assert not (work / "bad").exists()
 
 
