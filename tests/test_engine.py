@@ -194,6 +194,8 @@ def test_bad_requests_are_refused(tokenizer):
     for ids in ([], list(range(16))):
         with pytest.raises(ValueError, match="request a has"):
             engine.add(Request("a", ids, 4))
+    with pytest.raises(ValueError, match="request a wants max_tokens >= 1"):
+        engine.add(Request("a", [1], 0))
     engine.add(Request("b", list(range(14)), 9))  # room for two tokens
     while engine.has_work():
         done = engine.step()

@@ -202,6 +202,9 @@ def test_a_turn_ends_at_its_limit_and_the_connection_is_kept(server):
     for wrong in ([], [1] * 64):
         with pytest.raises(ValueError, match="request a has"):
             engine.add(Request("a", wrong, 4))
+    with pytest.raises(ValueError, match="request a wants max_tokens >= 1"):
+        engine.add(Request("a", [1], 0))
+    assert not engine.has_work()
 
 
 def test_many_requests_are_in_flight_but_no_more_than_rows(server):

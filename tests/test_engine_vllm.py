@@ -237,6 +237,8 @@ def test_eos_is_kept_and_the_context_is_a_limit(engine):
     for ids in ([], [1] * 2048):
         with pytest.raises(ValueError, match="request a has"):
             engine.add(Request("a", ids, 4))
+    with pytest.raises(ValueError, match="request a wants max_tokens >= 1"):
+        engine.add(Request("a", [1], 0))
     assert not engine.has_work()
 
 

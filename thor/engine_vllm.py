@@ -18,57 +18,20 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import httpx2
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from thor.engine import Completion, Request, StopRule
-from thor.fences import TextStream
+from thor.engine import Completion, OpenTurn, Request
 from thor.runlog import UserError
 
 VLLM_TRIED = ("0.32",)  # minor versions that the tests have passed with; keep in step with pyproject.toml
 
 
 # ---- what both engines share ----------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Turn:
-    """The turn of one request while its tokens arrive; it ends where HFEngine would end it."""
-
-    request: Request
-    stop: StopRule | None
-    text: TextStream
-    eos: set[int]
-    room: int
-    token_ids: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-
-    def push(self, token: int, logp: float | None) -> Completion | None:
-        """Take one sampled token; the completion, once this token ends the turn."""
-        self.token_ids.append(token)
-        self.logps.append(float("nan") if logp is None else logp)
-        if token in self.eos:
-            finish = "eos"
-        elif self.stop and self.stop.feed(self.text.push(token)):
-            finish = "stop"
-        elif len(self.token_ids) >= self.room:
-            finish = "length"
-        else:
-            return None
-        return Completion(self.request.id, self.token_ids, self.logps, finish)
-
-
-def room_for(request: Request, context: int) -> int:
-    """How many tokens the request may sample; ValueError where it has no tokens or does not fit."""
-    if not request.token_ids:
-        raise ValueError(f"request {request.id} has no tokens")
-    if len(request.token_ids) >= context:
-        raise ValueError(f"request {request.id} has {len(request.token_ids)} tokens, the model takes {context}")
-    return min(request.max_tokens, context - len(request.token_ids))
 
 
 def end_tokens(source: str, tokenizer) -> set[int]:
@@ -143,13 +106,13 @@ class VLLMEngine:
         self.eos = end_tokens(source, self.tokenizer)
         self.context = self.llm.llm_engine.model_config.max_model_len
         self.score = score
-        self.turns: dict[str, _Turn] = {}
+        self.turns: dict[str, OpenTurn] = {}
         self.asleep = False
 
     def add(self, request: Request) -> None:
-        room = room_for(request, self.context)
+        turn = OpenTurn(request, request.room(self.context), self.eos, self.tokenizer)
         params = self.vllm.SamplingParams(
-            max_tokens=room,
+            max_tokens=turn.room,
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
@@ -162,7 +125,7 @@ class VLLMEngine:
         )
         prompt = self.vllm.inputs.tokens_input(request.token_ids)
         self.llm.llm_engine.add_request(request.id, prompt, params)  # first: it may be refused
-        self.turns[request.id] = _Turn(request, request.stop, TextStream(self.tokenizer), self.eos, room)
+        self.turns[request.id] = turn
 
     def step(self) -> list[Completion]:
         finished = []
@@ -320,7 +283,7 @@ class HTTPEngine:
         threading.Thread(target=self.loop.run_forever, name=f"HTTPEngine {self.url}", daemon=True).start()
 
     def add(self, request: Request) -> None:
-        room = room_for(request, self.context)
+        room = request.room(self.context)
         self.pending += 1
         future = asyncio.run_coroutine_threadsafe(self._complete(request, room), self.loop)
         future.add_done_callback(self.finished.put)
@@ -383,8 +346,8 @@ class HTTPEngine:
             if attempt:
                 pause = min(BACKOFF * 2 ** (attempt - 1), LONGEST)
                 await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # not all requests at the same moment
-            stop = copy.copy(untouched) if attempt else request.stop
-            turn = _Turn(request, stop, TextStream(self.tokenizer), self.eos, room)
+                request = replace(request, stop=copy.copy(untouched))
+            turn = OpenTurn(request, room, self.eos, self.tokenizer)
             try:
                 async with self.slots, self.client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
                     if response.status_code == 200:
@@ -399,7 +362,7 @@ class HTTPEngine:
                 fault = f"{type(error).__name__} {error}".strip()
         raise ServerError(f"{self.url}: request {request.id} failed {TRIES} times, at last with {fault}")
 
-    async def _read(self, response: httpx2.Response, turn: _Turn) -> tuple[Completion | None, str]:
+    async def _read(self, response: httpx2.Response, turn: OpenTurn) -> tuple[Completion | None, str]:
         """Feed the stream to the turn: its completion, or why there is none. Left unread, the server aborts it."""
         lines = response.aiter_lines()
         async for line in lines:
