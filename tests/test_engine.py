@@ -277,6 +277,40 @@ def test_new_weights_forget_the_cache(tokenizer):
     assert_same_greedy(fresh, tiny_llama(tokenizer, seed=1), list(range(30)))
 
 
+def test_dropped_requests_are_forgotten(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, max_rows=2)
+    engine.eos = set()
+    for i in range(4):  # two run, two wait
+        engine.add(Request(str(i), [i] * 20, 9, temperature=0, shared=10))
+    engine.step()
+    engine.step()
+    engine.drop()
+    assert not engine.has_work() and engine.step() == []
+    prompt = random_prompts(1, 200, seed=1)[0]
+    done = complete(engine, [Request(str(i), prompt, 5, temperature=0) for i in range(4)])
+    assert len(done) == 4
+    for completion in done.values():
+        assert_same_greedy(completion, tiny_llama(tokenizer), prompt)
+
+
+def test_what_a_broken_step_did_not_compute_is_not_taken_for_cached(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, prefill_tokens=64)
+    engine.eos, prompt = set(), list(range(100))
+    requests = [Request(str(i), [*prompt, i], 5, temperature=0, shared=100) for i in range(2)]
+
+    def broken(module, args, kwargs):
+        raise KeyboardInterrupt
+
+    hook = engine.model.base_model.register_forward_pre_hook(broken, with_kwargs=True)
+    with pytest.raises(KeyboardInterrupt):
+        complete(engine, requests)
+    hook.remove()
+    engine.drop()
+    done = complete(engine, requests)
+    for request in requests:
+        assert_same_greedy(done[request.id], tiny_llama(tokenizer), request.token_ids)
+
+
 def test_an_engine_that_slept_samples_as_before(tokenizer):
     engine = HFEngine(tiny_llama(tokenizer), tokenizer)
     engine.eos = set()

@@ -236,6 +236,36 @@ def test_step_does_not_wait_for_ever(server):
     assert done[0].finish == "eos"
 
 
+def test_dropped_requests_are_forgotten(server):
+    """One has finished, one is being sampled and one waits for a connection; the server notices."""
+    left = threading.Event()
+
+    def answer(body, reply):
+        try:
+            while body["prompt"] == [1]:
+                reply.send([65], [-0.1])
+                time.sleep(0.005)
+        except OSError:
+            left.set()
+            raise
+        reply.send(body["prompt"], [-0.1])
+
+    server.answer = answer
+    engine = HTTPEngine(server.url, rows=1)
+    engine.add(Request("finished", [7], 1))
+    while engine.finished.empty():
+        time.sleep(0.001)
+    engine.add(Request("a", [1], 63))
+    while len(server.sent) < 3:
+        time.sleep(0.001)
+    engine.add(Request("waits", [1], 63))
+    engine.drop()
+    assert not engine.has_work() and engine.step() == []
+    assert left.wait(10)
+    done = complete(engine, [Request(name, [3], 1) for name in ("a", "waits", "finished")])
+    assert [c.token_ids for c in done.values()] == [[3]] * 3 and len(server.bodies) == 5
+
+
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +337,7 @@ def test_a_server_that_is_none_is_found_out_at_once(server):
 def test_a_server_keeps_its_weights(server):
     with pytest.raises(RuntimeError, match="a server keeps its weights"):
         HTTPEngine(server.url).update_weights([])
+    HTTPEngine(server.url).sleep()
 
 
 # ---- from the scripts -----------------------------------------------------------------------------------------------

@@ -109,8 +109,14 @@ class Engine(Protocol):
 
     def has_work(self) -> bool: ...
 
+    def drop(self) -> None:
+        """Forget every request under way: no later `step` returns a turn of theirs."""
+
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take new weights and forget every cached prefix."""
+
+    def sleep(self) -> None:
+        """Give back what only sampling needs memory for, while a trainer works."""
 
 
 class HFEngine:
@@ -167,6 +173,12 @@ class HFEngine:
 
     def has_work(self) -> bool:
         return bool(self.queue) or any(row and row.running for row in self.rows.items)
+
+    def drop(self) -> None:
+        self.queue.clear()
+        self.sharers.clear()
+        self.rows.clear()  # whole: a step that was broken off counts keys and values that it never wrote
+        self.prefixes.clear()
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         if self.has_work():

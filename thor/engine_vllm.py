@@ -148,6 +148,11 @@ class VLLMEngine:
     def has_work(self) -> bool:
         return bool(self.turns)
 
+    def drop(self) -> None:
+        self.llm.llm_engine.abort_request(list(self.turns))
+        self.turns.clear()
+        self.llm.reset_prefix_cache()  # a step that was broken off counts keys and values that it never wrote
+
     def sleep(self) -> None:
         """On a GPU, give weights and cache back while the trainer works; only `update_weights` wakes the engine."""
         assert not self.turns, "put to sleep while requests were being sampled"
@@ -277,15 +282,15 @@ class HTTPEngine:
             limits=httpx2.Limits(max_connections=rows, max_keepalive_connections=rows),
         )
         self.slots = asyncio.Semaphore(rows)
+        self.under_way: set[Future[Completion]] = set()
         self.finished: queue.Queue[Future[Completion]] = queue.Queue()
-        self.pending = 0
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name=f"HTTPEngine {self.url}", daemon=True).start()
 
     def add(self, request: Request) -> None:
         room = request.room(self.context)
-        self.pending += 1
         future = asyncio.run_coroutine_threadsafe(self._complete(request, room), self.loop)
+        self.under_way.add(future)
         future.add_done_callback(self.finished.put)
 
     def step(self) -> list[Completion]:
@@ -295,14 +300,22 @@ class HTTPEngine:
             futures.append(self.finished.get(timeout=0.01))
             while True:
                 futures.append(self.finished.get_nowait())
-        self.pending -= len(futures)
+        self.under_way.difference_update(futures)
         return [future.result() for future in futures]
 
     def has_work(self) -> bool:
-        return self.pending > 0
+        return bool(self.under_way)
+
+    def drop(self) -> None:
+        """Connections are closed, upon which the server aborts what it samples."""
+        dropped, self.under_way, self.finished = self.under_way, set(), queue.Queue()  # theirs go to the old queue
+        for future in dropped:
+            future.cancel()
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         raise RuntimeError(f"{self.url}: a server keeps its weights; train with the sampler 'hf' or 'vllm'")
+
+    def sleep(self) -> None: ...  # what it samples with is not this machine's memory
 
     def _served(self, name: str) -> dict:
         """The entry of /v1/models for `name`, or the first one."""
