@@ -293,6 +293,32 @@ def test_a_turn_is_tried_again_from_its_start(server):
     assert len(server.bodies) == 5 and all(body == server.bodies[0] for body in server.bodies)
 
 
+def test_a_stream_torn_after_its_last_token_is_whole(server):
+    def answer(body, reply):
+        reply.send([1, 2], [-0.1, -0.2])
+        reply.wfile.write(b"torn")
+        reply.connection.close()
+        raise ConnectionResetError
+
+    server.answer = answer
+    done = complete(HTTPEngine(server.url), [Request("a", [1], 2)])["a"]
+    assert done.token_ids == [1, 2] and done.finish == "length" and len(server.bodies) == 1
+
+
+def test_a_stream_that_cannot_be_decoded_is_a_fault_of_the_server(server, monkeypatch):
+    def answer(body, reply):
+        reply.send_response(200)
+        reply.send_header("Content-Encoding", "gzip")
+        reply.send_header("Content-Length", "5")
+        reply.end_headers()
+        reply.wfile.write(b"plain")
+
+    server.answer = answer
+    monkeypatch.setattr(engine_vllm, "TRIES", 2)
+    with pytest.raises(ServerError, match="failed 2 times, at last with DecodingError"):
+        complete(HTTPEngine(server.url), [Request("a", [1], 2)])
+
+
 def test_faults_that_stay_are_one_line(server, monkeypatch):
     engine = HTTPEngine(server.url, silence=0.2)
     monkeypatch.setattr(engine_vllm, "TRIES", 2)

@@ -16,7 +16,7 @@ import queue
 import random
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -360,24 +360,27 @@ class HTTPEngine:
                 pause = min(BACKOFF * 2 ** (attempt - 1), LONGEST)
                 await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # not all requests at the same moment
                 request = replace(request, stop=copy.copy(untouched))
-            turn = OpenTurn(request, room, self.eos, self.tokenizer)
+            turn, completion = OpenTurn(request, room, self.eos, self.tokenizer), None
             try:
                 async with self.slots, self.client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
                     if response.status_code == 200:
-                        completion, fault = await self._read(response, turn)
-                        if completion:
-                            return completion
+                        lines = response.aiter_lines()
+                        completion, fault = await self._read(lines, turn)
+                        if completion and completion.finish != "stop":
+                            async for _ in lines:  # to its end, which is near: the connection serves the next turn
+                                pass
                     else:
                         fault = f"{response.status_code}: {_message(await response.aread())}"
                         if response.status_code not in PASSING:
                             raise ServerError(f"{self.url}: refused the request with {fault}")
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:
                 fault = f"{type(error).__name__} {error}".strip()
+            if completion:  # whole, even where the rest of its stream is torn
+                return completion
         raise ServerError(f"{self.url}: request {request.id} failed {TRIES} times, at last with {fault}")
 
-    async def _read(self, response: httpx2.Response, turn: OpenTurn) -> tuple[Completion | None, str]:
+    async def _read(self, lines: AsyncIterator[str], turn: OpenTurn) -> tuple[Completion | None, str]:
         """Feed the stream to the turn: its completion, or why there is none. Left unread, the server aborts it."""
-        lines = response.aiter_lines()
         async for line in lines:
             if not line.startswith("data: {"):
                 continue
@@ -393,11 +396,7 @@ class HTTPEngine:
                     raise ServerError(f"{self.url}: returned no token ids; is it a vLLM with `return_token_ids`?")
                 logps = (choice.get("logprobs") or {}).get("token_logprobs") or [None] * len(choice["token_ids"])
                 for token, logp in zip(choice["token_ids"], logps, strict=True):
-                    completion = turn.push(token, logp)
-                    if completion and completion.finish != "stop":
-                        async for _ in lines:  # to its end, which is near: the connection serves the next turn
-                            pass
-                    if completion:
+                    if completion := turn.push(token, logp):
                         return completion, ""
         return None, "the stream ended early"
 
