@@ -138,6 +138,7 @@ def test_ids_go_out_and_ids_come_back(server):
         reply.send([5], [-0.5])
         reply.send([6, 7], [-0.25, None])
         reply.event({"choices": []})  # a report of usage
+        reply.send([])
         reply.send([END], [-1.0], finish_reason="stop")
 
     server.answer = answer
@@ -340,6 +341,40 @@ def test_faults_that_stay_are_one_line(server, monkeypatch):
     server.http.shutdown()
     server.http.server_close()
     assert "ConnectError" in fault(None)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        {"choices": None},
+        {"choices": [None]},
+        {"choices": 7},
+        {},
+        {"choices": [{"token_ids": [1]}]},
+        {"choices": [{"token_ids": [1], "logprobs": None}]},
+        {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": None}}]},
+        {"choices": [{"token_ids": [1, 2], "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": ["-0.1"]}}]},
+        {"choices": [{"token_ids": ["1"], "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"token_ids": [1.5], "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"token_ids": [-1], "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"token_ids": 1, "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"logprobs": {"token_logprobs": [-0.1]}}]},
+    ],
+)
+def test_a_malformed_chunk_is_one_line(server, chunk):
+    server.answer = lambda body, reply: reply.event(chunk)
+    with pytest.raises(ServerError, match="no token ids with log-probs") as caught:
+        complete(HTTPEngine(server.url), [Request("a", [1], 4, stop=FenceParser())])
+    assert "\n" not in str(caught.value) and len(server.bodies) == 1  # another try would bring the same
+
+
+def test_an_error_without_words_is_one_line(server, monkeypatch):
+    monkeypatch.setattr(engine_vllm, "TRIES", 1)
+    for error in (None, {"message": None}, {"message": {"a": 1}}, "text"):
+        server.answer = lambda body, reply, error=error: reply.event({"error": error})
+        with pytest.raises(ServerError, match="failed 1 times"):
+            complete(HTTPEngine(server.url), [Request("a", [1], 4)])
 
 
 def test_a_server_that_is_none_is_found_out_at_once(server):

@@ -388,22 +388,32 @@ class HTTPEngine:
                 chunk = json.loads(line.removeprefix("data: "))
                 if "error" in chunk:
                     return None, _message(line.removeprefix("data: ").encode())
-                choices = chunk["choices"]  # none in a chunk that reports usage
-            except (ValueError, KeyError) as error:
-                raise ServerError(f"{self.url}: sent what `vllm serve` does not send: {line[:100]}") from error
-            for choice in choices:
-                if choice.get("token_ids") is None:
-                    raise ServerError(f"{self.url}: returned no token ids; is it a vLLM with `return_token_ids`?")
-                logps = (choice.get("logprobs") or {}).get("token_logprobs") or [None] * len(choice["token_ids"])
-                for token, logp in zip(choice["token_ids"], logps, strict=True):
-                    if completion := turn.push(token, logp):
-                        return completion, ""
+                sampled = _sampled(chunk)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ServerError(
+                    f"{self.url}: sent no token ids with log-probs; is it a vLLM with `return_token_ids`? {line[:200]}"
+                ) from error
+            for token, logp in sampled:
+                if completion := turn.push(token, logp):
+                    return completion, ""
         return None, "the stream ended early"
+
+
+def _sampled(chunk: dict) -> list[tuple[int, float | None]]:
+    """Tokens of a chunk with their log-probs; ValueError, KeyError or TypeError where it is not what vLLM sends."""
+    pairs: list[tuple[int, float | None]] = []
+    for choice in chunk["choices"]:  # none in a chunk that reports usage
+        if choice["token_ids"] != []:  # beside none, log-probs may be null
+            pairs += zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
+    for token, logp in pairs:
+        if type(token) is not int or token < 0 or not isinstance(logp, (float, int, type(None))):
+            raise TypeError(f"token {token} with log-prob {logp}")
+    return pairs
 
 
 def _message(body: bytes) -> str:
     """What an error response says, in one line."""
     text = body.decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        text = json.loads(text)["error"]["message"]
+        text = str(json.loads(text)["error"]["message"])
     return " ".join(text.split())[:300]
