@@ -104,7 +104,7 @@ class Server:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @pytest.fixture
@@ -337,7 +337,10 @@ def test_faults_that_stay_are_one_line(server, monkeypatch):
     assert len(server.bodies) == before + 1  # no second try: it would be refused again
     assert "no token ids" in fault(lambda body, reply: reply.send(None))
     assert "the stream ended early" in fault(lambda body, reply: reply.send([1], [-0.1]))
-    assert "ReadTimeout" in fault(lambda body, reply: time.sleep(1))
+    monkeypatch.setattr(engine_vllm, "TRIES", 3)
+    before = len(server.bodies)
+    assert "failed 2 times, at last with ReadTimeout" in fault(lambda body, reply: time.sleep(1))
+    assert len(server.bodies) == before + 2
     server.http.shutdown()
     server.http.server_close()
     assert "ConnectError" in fault(None)

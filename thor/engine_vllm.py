@@ -257,7 +257,8 @@ class HTTPEngine:
     """The completions route of a running `vllm serve`, for sampling alone: a server keeps its weights.
 
     url: "http://host:port", or "http://host:port#name" where the server must serve a model of that name.
-    rows: requests in flight, others wait. silence: seconds without a byte after which a request is tried again.
+    rows: requests in flight, others wait. silence: seconds without a byte after which a request is tried again, but
+    only once: a server that takes connections and hangs would else cost TRIES times as much.
 
     Log-probs are of the distribution drawn from if the server was started with `--logprobs-mode processed_logprobs`;
     vLLM's default ignores the temperature. Stop rules are fed on a thread of this engine. A turn that is retried starts
@@ -354,7 +355,7 @@ class HTTPEngine:
             "return_token_ids": True,
             "stream": True,  # so that a turn can end where its stop rule says
         }
-        untouched = copy.copy(request.stop)
+        untouched, silent = copy.copy(request.stop), 0
         for attempt in range(TRIES):
             if attempt:
                 pause = min(BACKOFF * 2 ** (attempt - 1), LONGEST)
@@ -375,9 +376,12 @@ class HTTPEngine:
                             raise ServerError(f"{self.url}: refused the request with {fault}")
             except httpx2.RequestError as error:
                 fault = f"{type(error).__name__} {error}".strip()
+                silent += isinstance(error, (httpx2.ReadTimeout, httpx2.WriteTimeout))
             if completion:  # whole, even where the rest of its stream is torn
                 return completion
-        raise ServerError(f"{self.url}: request {request.id} failed {TRIES} times, at last with {fault}")
+            if silent == 2:
+                break
+        raise ServerError(f"{self.url}: request {request.id} failed {attempt + 1} times, at last with {fault}")
 
     async def _read(self, lines: AsyncIterator[str], turn: OpenTurn) -> tuple[Completion | None, str]:
         """Feed the stream to the turn: its completion, or why there is none. Left unread, the server aborts it."""
