@@ -267,6 +267,28 @@ def test_dropped_requests_are_forgotten(server):
     assert [c.token_ids for c in done.values()] == [[3]] * 3 and len(server.bodies) == 5
 
 
+def test_step_waits_only_if_there_is_nothing_else_to_do(server):
+    go, waited = threading.Event(), []
+
+    def answer(body, reply):
+        go.wait(30)
+        reply.send([END], [-0.1])
+
+    server.answer = answer
+    engine = HTTPEngine(server.url)
+    engine.add(Request("a", [1], 4))
+    get = engine.finished.get
+    engine.finished.get = lambda block=True, timeout=None: waited.append(block) or get(block, timeout)
+    for _ in range(5):
+        engine.step()
+        time.sleep(0.01)  # the step of another engine
+    assert waited == [False] * 5
+    for _ in range(20):
+        engine.step()
+    assert any(waited)
+    go.set()
+
+
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 

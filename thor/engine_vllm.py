@@ -15,6 +15,7 @@ import os
 import queue
 import random
 import threading
+import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -246,6 +247,7 @@ def _repack_heads(model: torch.nn.Module) -> None:
 
 # tries of one turn; seconds before the second, doubled before each further one, but never more: two minutes in all
 TRIES, BACKOFF, LONGEST = 9, 0.5, 30.0
+PERIOD = 0.005  # seconds between two looks at what has finished
 PASSING = (429, 500, 502, 503, 504)  # statuses that are worth another try
 
 
@@ -283,6 +285,7 @@ class HTTPEngine:
             limits=httpx2.Limits(max_connections=rows, max_keepalive_connections=rows),
         )
         self.slots = asyncio.Semaphore(rows)
+        self.stepped = -PERIOD  # when the last step ended, in the time of time.monotonic
         self.under_way: set[Future[Completion]] = set()
         self.finished: queue.Queue[Future[Completion]] = queue.Queue()
         self.loop = asyncio.new_event_loop()
@@ -295,12 +298,16 @@ class HTTPEngine:
         future.add_done_callback(self.finished.put)
 
     def step(self) -> list[Completion]:
-        """The turns that finished; waits for one, but hardly: other engines and the executor have their turns too."""
-        futures = []
+        """The turns that finished; waits for one until PERIOD has passed since the last call.
+
+        So a caller with nothing else to do does not spin, and one that steps a slower engine beside is not held up.
+        """
+        futures, patience = [], self.stepped + PERIOD - time.monotonic()
         with contextlib.suppress(queue.Empty):
-            futures.append(self.finished.get(timeout=0.01))
+            futures.append(self.finished.get(patience > 0, patience))
             while True:
                 futures.append(self.finished.get_nowait())
+        self.stepped = time.monotonic()
         self.under_way.difference_update(futures)
         return [future.result() for future in futures]
 
