@@ -1,5 +1,7 @@
 """HTTPEngine against a server that follows a script: what it sends, how it reads, and one line for each fault."""
 
+import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -51,6 +53,10 @@ class Server:
             protocol_version = "HTTP/1.1"
 
             def log_message(self, *_) -> None: ...
+
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionResetError):  # the client left something unread
+                    super().handle()
 
             def reply(self, status: int, value) -> None:
                 data = json.dumps(value).encode()
@@ -287,6 +293,34 @@ def test_step_waits_only_if_there_is_nothing_else_to_do(server):
         engine.step()
     assert any(waited)
     go.set()
+
+
+def test_a_closed_engine_leaves_no_connection_and_no_thread(server, caplog):
+    """One request is being sampled, one waits for its next try, and one for a connection."""
+    left = threading.Event()
+
+    def answer(body, reply):
+        if body["prompt"] == [0]:
+            return 500
+        try:
+            while True:
+                reply.send([65], [-0.1])
+                time.sleep(0.005)
+        except OSError:
+            left.set()
+            raise
+
+    server.answer = answer
+    engine = HTTPEngine(server.url, rows=1)
+    for i in range(3):
+        engine.add(Request(str(i), [i], 63))
+    while len(server.sent) < 3:
+        time.sleep(0.001)
+    engine.close()
+    assert not engine.has_work() and not engine.thread.is_alive() and left.wait(10)
+    engine.close()
+    gc.collect()
+    assert not caplog.records  # asyncio's, of tasks that were destroyed
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------

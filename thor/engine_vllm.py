@@ -289,7 +289,8 @@ class HTTPEngine:
         self.under_way: set[Future[Completion]] = set()
         self.finished: queue.Queue[Future[Completion]] = queue.Queue()
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name=f"HTTPEngine {self.url}", daemon=True).start()
+        self.thread = threading.Thread(target=self.loop.run_forever, name=f"HTTPEngine {self.url}", daemon=True)
+        self.thread.start()
 
     def add(self, request: Request) -> None:
         room = request.room(self.context)
@@ -324,6 +325,22 @@ class HTTPEngine:
         raise RuntimeError(f"{self.url}: a server keeps its weights; train with the sampler 'hf' or 'vllm'")
 
     def sleep(self) -> None: ...  # what it samples with is not this machine's memory
+
+    def close(self) -> None:
+        """Drop what is under way and end connections and thread, as the end of the process does. Twice is no harm."""
+        if self.loop.is_closed():
+            return
+        self.drop()
+
+        async def end() -> None:
+            await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+            await self.client.aclose()
+            await self.loop.shutdown_asyncgens()
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
 
     def _served(self, name: str) -> dict:
         """The entry of /v1/models for `name`, or the first one."""
