@@ -1,6 +1,8 @@
 """HFEngine against transformers' own generate, and its log-probs against the trainer's."""
 
 import random
+import threading
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -25,6 +27,14 @@ from thor.trajectory import ExecResult, Problem
 
 # one token holds a whole block, so that a random model writes some: a fence token that carries more text
 WORDS = ("\n```python\nprint(1)\n```\n", "\n```python\nprint(x)\n```", "\\boxed{1}")
+
+
+def talkative_model(tokenizer):
+    """A random model that likes to write the words of a block, so that there are several rounds."""
+    model = tiny_llama(tokenizer, tie_word_embeddings=True)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[[tokenizer.convert_tokens_to_ids(w) for w in WORDS]] *= 4
+    return model
 
 
 def complete(engine: HFEngine, requests: list[Request]) -> dict:
@@ -266,6 +276,34 @@ def test_a_long_request_does_not_thin_the_rows_of_a_full_queue(tokenizer):
     assert len(counts) - alone < 2 * alone
 
 
+def test_a_hanging_tool_delays_its_own_trajectory_only(executor):
+    """The first snippet answers when all other trajectories are done; a loop that waited for it would hang."""
+    tokenizer = byte_tokenizer(WORDS)
+    engine = HFEngine(talkative_model(tokenizer), tokenizer, max_rows=4)
+    hanging, finished = [], []
+
+    class HangsFirst(ScriptedExecutor):
+        def submit(self, code):
+            if hanging:
+                return executor.submit(code)
+            hanging.append(Future())
+            give_up.start()
+            return hanging[0]
+
+    give_up = threading.Timer(60, lambda: hanging[0].set_result(ExecResult("ok", "waited for")))
+
+    def done(i, trajectory):
+        finished.append(trajectory)
+        if len(finished) == 11:
+            give_up.cancel()
+            hanging[0].set_result(ExecResult("ok", "answered last"))
+
+    problems = [Problem(str(i), f"question {i % 3}") for i in range(12)]
+    solve(engine, HangsFirst(None), problems, Sampling(max_tokens=120, max_rounds=4, seed=3), done=done)
+    assert [t.results[0].stdout for t in finished[11:]] == ["answered last"]
+    assert sum(len(t.results) for t in finished[:11]) >= 5  # the others had their tools meanwhile
+
+
 def test_new_weights_forget_the_cache(tokenizer):
     model, other = tiny_llama(tokenizer), tiny_llama(tokenizer, seed=1)
     engine = HFEngine(model, tokenizer)
@@ -328,10 +366,7 @@ def test_an_engine_that_slept_samples_as_before(tokenizer):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logps_equal_the_trainers_over_whole_trajectories(executor, temperature):
     tokenizer = byte_tokenizer(WORDS)
-    model = tiny_llama(tokenizer, tie_word_embeddings=True)
-    with torch.no_grad():  # make the words of a block likely, so that there are several rounds
-        ids = [tokenizer.convert_tokens_to_ids(w) for w in WORDS]
-        model.get_input_embeddings().weight[ids] *= 4
+    model = talkative_model(tokenizer)
     engine = HFEngine(model, tokenizer, max_rows=5)
     problems = [Problem(str(i), f"question {i % 3}") for i in range(12)]
     sampling = Sampling(max_tokens=120, temperature=temperature, max_rounds=4, seed=3)
