@@ -131,7 +131,12 @@ class ScriptedEngine:
     def has_work(self) -> bool:
         return bool(self.queue)
 
+    def drop(self) -> None:
+        self.queue.clear()
+
     def update_weights(self, named_parameters) -> None: ...
+
+    def sleep(self) -> None: ...
 
     def step(self) -> list[Completion]:
         request = self.queue.pop(0)

@@ -2,6 +2,8 @@
 
 import random
 import sys
+import threading
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -26,6 +28,14 @@ from thor.trajectory import ExecResult, Problem
 
 # one token holds a whole block, so that a random model writes some: a fence token that carries more text
 WORDS = ("\n```python\nprint(1)\n```\n", "\n```python\nprint(x)\n```", "\\boxed{1}")
+
+
+def talkative_model(tokenizer):
+    """A random model that likes to write the words of a block, so that there are several rounds."""
+    model = tiny_llama(tokenizer, tie_word_embeddings=True)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[[tokenizer.convert_tokens_to_ids(w) for w in WORDS]] *= 4
+    return model
 
 
 def complete(engine: HFEngine, requests: list[Request]) -> dict:
@@ -195,6 +205,8 @@ def test_bad_requests_are_refused(tokenizer):
     for ids in ([], list(range(16))):
         with pytest.raises(ValueError, match="request a has"):
             engine.add(Request("a", ids, 4))
+    with pytest.raises(ValueError, match="request a wants max_tokens >= 1"):
+        engine.add(Request("a", [1], 0))
     engine.add(Request("b", list(range(14)), 9))  # room for two tokens
     while engine.has_work():
         done = engine.step()
@@ -265,6 +277,34 @@ def test_a_long_request_does_not_thin_the_rows_of_a_full_queue(tokenizer):
     assert len(counts) - alone < 2 * alone
 
 
+def test_a_hanging_tool_delays_its_own_trajectory_only(executor):
+    """The first snippet answers when all other trajectories are done; a loop that waited for it would hang."""
+    tokenizer = byte_tokenizer(WORDS)
+    engine = HFEngine(talkative_model(tokenizer), tokenizer, max_rows=4)
+    hanging, finished = [], []
+
+    class HangsFirst(ScriptedExecutor):
+        def submit(self, code):
+            if hanging:
+                return executor.submit(code)
+            hanging.append(Future())
+            give_up.start()
+            return hanging[0]
+
+    give_up = threading.Timer(60, lambda: hanging[0].set_result(ExecResult("ok", "waited for")))
+
+    def done(i, trajectory):
+        finished.append(trajectory)
+        if len(finished) == 11:
+            give_up.cancel()
+            hanging[0].set_result(ExecResult("ok", "answered last"))
+
+    problems = [Problem(str(i), f"question {i % 3}") for i in range(12)]
+    solve(engine, HangsFirst(None), problems, Sampling(max_tokens=120, max_rounds=4, seed=3), done=done)
+    assert [t.results[0].stdout for t in finished[11:]] == ["answered last"]
+    assert sum(len(t.results) for t in finished[:11]) >= 5  # the others had their tools meanwhile
+
+
 def test_new_weights_forget_the_cache(tokenizer):
     model, other = tiny_llama(tokenizer), tiny_llama(tokenizer, seed=1)
     engine = HFEngine(model, tokenizer)
@@ -274,6 +314,40 @@ def test_new_weights_forget_the_cache(tokenizer):
     engine.update_weights(other.named_parameters())
     fresh = complete(engine, [request])["a"]
     assert_same_greedy(fresh, tiny_llama(tokenizer, seed=1), list(range(30)))
+
+
+def test_dropped_requests_are_forgotten(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, max_rows=2)
+    engine.eos = set()
+    for i in range(4):  # two run, two wait
+        engine.add(Request(str(i), [i] * 20, 9, temperature=0, shared=10))
+    engine.step()
+    engine.step()
+    engine.drop()
+    assert not engine.has_work() and engine.step() == []
+    prompt = random_prompts(1, 200, seed=1)[0]
+    done = complete(engine, [Request(str(i), prompt, 5, temperature=0) for i in range(4)])
+    assert len(done) == 4
+    for completion in done.values():
+        assert_same_greedy(completion, tiny_llama(tokenizer), prompt)
+
+
+def test_what_a_broken_step_did_not_compute_is_not_taken_for_cached(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, prefill_tokens=64)
+    engine.eos, prompt = set(), list(range(100))
+    requests = [Request(str(i), [*prompt, i], 5, temperature=0, shared=100) for i in range(2)]
+
+    def broken(module, args, kwargs):
+        raise KeyboardInterrupt
+
+    hook = engine.model.base_model.register_forward_pre_hook(broken, with_kwargs=True)
+    with pytest.raises(KeyboardInterrupt):
+        complete(engine, requests)
+    hook.remove()
+    engine.drop()
+    done = complete(engine, requests)
+    for request in requests:
+        assert_same_greedy(done[request.id], tiny_llama(tokenizer), request.token_ids)
 
 
 def test_an_engine_that_slept_samples_as_before(tokenizer):
@@ -293,10 +367,7 @@ def test_an_engine_that_slept_samples_as_before(tokenizer):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logps_equal_the_trainers_over_whole_trajectories(executor, temperature):
     tokenizer = byte_tokenizer(WORDS)
-    model = tiny_llama(tokenizer, tie_word_embeddings=True)
-    with torch.no_grad():  # make the words of a block likely, so that there are several rounds
-        ids = [tokenizer.convert_tokens_to_ids(w) for w in WORDS]
-        model.get_input_embeddings().weight[ids] *= 4
+    model = talkative_model(tokenizer)
     engine = HFEngine(model, tokenizer, max_rows=5)
     problems = [Problem(str(i), f"question {i % 3}") for i in range(12)]
     sampling = Sampling(max_tokens=120, temperature=temperature, max_rounds=4, seed=3)

@@ -1,5 +1,7 @@
 """HTTPEngine against a server that follows a script: what it sends, how it reads, and one line for each fault."""
 
+import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -51,6 +53,10 @@ class Server:
             protocol_version = "HTTP/1.1"
 
             def log_message(self, *_) -> None: ...
+
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionResetError):  # the client left something unread
+                    super().handle()
 
             def reply(self, status: int, value) -> None:
                 data = json.dumps(value).encode()
@@ -104,7 +110,7 @@ class Server:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @pytest.fixture
@@ -138,6 +144,7 @@ def test_ids_go_out_and_ids_come_back(server):
         reply.send([5], [-0.5])
         reply.send([6, 7], [-0.25, None])
         reply.event({"choices": []})  # a report of usage
+        reply.send([])
         reply.send([END], [-1.0], finish_reason="stop")
 
     server.answer = answer
@@ -202,6 +209,9 @@ def test_a_turn_ends_at_its_limit_and_the_connection_is_kept(server):
     for wrong in ([], [1] * 64):
         with pytest.raises(ValueError, match="request a has"):
             engine.add(Request("a", wrong, 4))
+    with pytest.raises(ValueError, match="request a wants max_tokens >= 1"):
+        engine.add(Request("a", [1], 0))
+    assert not engine.has_work()
 
 
 def test_many_requests_are_in_flight_but_no_more_than_rows(server):
@@ -233,6 +243,86 @@ def test_step_does_not_wait_for_ever(server):
     assert done[0].finish == "eos"
 
 
+def test_dropped_requests_are_forgotten(server):
+    """One has finished, one is being sampled and one waits for a connection; the server notices."""
+    left = threading.Event()
+
+    def answer(body, reply):
+        try:
+            while body["prompt"] == [1]:
+                reply.send([65], [-0.1])
+                time.sleep(0.005)
+        except OSError:
+            left.set()
+            raise
+        reply.send(body["prompt"], [-0.1])
+
+    server.answer = answer
+    engine = HTTPEngine(server.url, rows=1)
+    engine.add(Request("finished", [7], 1))
+    while engine.finished.empty():
+        time.sleep(0.001)
+    engine.add(Request("a", [1], 63))
+    while len(server.sent) < 3:
+        time.sleep(0.001)
+    engine.add(Request("waits", [1], 63))
+    engine.drop()
+    assert not engine.has_work() and engine.step() == []
+    assert left.wait(10)
+    done = complete(engine, [Request(name, [3], 1) for name in ("a", "waits", "finished")])
+    assert [c.token_ids for c in done.values()] == [[3]] * 3 and len(server.bodies) == 5
+
+
+def test_step_waits_only_if_there_is_nothing_else_to_do(server):
+    go, waited = threading.Event(), []
+
+    def answer(body, reply):
+        go.wait(30)
+        reply.send([END], [-0.1])
+
+    server.answer = answer
+    engine = HTTPEngine(server.url)
+    engine.add(Request("a", [1], 4))
+    get = engine.finished.get
+    engine.finished.get = lambda block=True, timeout=None: waited.append(block) or get(block, timeout)
+    for _ in range(5):
+        engine.step()
+        time.sleep(0.01)  # the step of another engine
+    assert waited == [False] * 5
+    for _ in range(20):
+        engine.step()
+    assert any(waited)
+    go.set()
+
+
+def test_a_closed_engine_leaves_no_connection_and_no_thread(server, caplog):
+    """One request is being sampled, one waits for its next try, and one for a connection."""
+    left = threading.Event()
+
+    def answer(body, reply):
+        if body["prompt"] == [0]:
+            return 500
+        try:
+            while True:
+                reply.send([65], [-0.1])
+                time.sleep(0.005)
+        except OSError:
+            left.set()
+            raise
+
+    server.answer = answer
+    engine = HTTPEngine(server.url, rows=1)
+    for i in range(3):
+        engine.add(Request(str(i), [i], 63))
+    while len(server.sent) < 3:
+        time.sleep(0.001)
+    engine.close()
+    assert not engine.has_work() and not engine.thread.is_alive() and left.wait(10)
+    engine.close()
+    gc.collect()
+    assert not caplog.records  # asyncio's, of tasks that were destroyed
+
+
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +350,32 @@ def test_a_turn_is_tried_again_from_its_start(server):
     assert len(server.bodies) == 5 and all(body == server.bodies[0] for body in server.bodies)
 
 
+def test_a_stream_torn_after_its_last_token_is_whole(server):
+    def answer(body, reply):
+        reply.send([1, 2], [-0.1, -0.2])
+        reply.wfile.write(b"torn")
+        reply.connection.close()
+        raise ConnectionResetError
+
+    server.answer = answer
+    done = complete(HTTPEngine(server.url), [Request("a", [1], 2)])["a"]
+    assert done.token_ids == [1, 2] and done.finish == "length" and len(server.bodies) == 1
+
+
+def test_a_stream_that_cannot_be_decoded_is_a_fault_of_the_server(server, monkeypatch):
+    def answer(body, reply):
+        reply.send_response(200)
+        reply.send_header("Content-Encoding", "gzip")
+        reply.send_header("Content-Length", "5")
+        reply.end_headers()
+        reply.wfile.write(b"plain")
+
+    server.answer = answer
+    monkeypatch.setattr(engine_vllm, "TRIES", 2)
+    with pytest.raises(ServerError, match="failed 2 times, at last with DecodingError"):
+        complete(HTTPEngine(server.url), [Request("a", [1], 2)])
+
+
 def test_faults_that_stay_are_one_line(server, monkeypatch):
     engine = HTTPEngine(server.url, silence=0.2)
     monkeypatch.setattr(engine_vllm, "TRIES", 2)
@@ -277,10 +393,47 @@ def test_faults_that_stay_are_one_line(server, monkeypatch):
     assert len(server.bodies) == before + 1  # no second try: it would be refused again
     assert "no token ids" in fault(lambda body, reply: reply.send(None))
     assert "the stream ended early" in fault(lambda body, reply: reply.send([1], [-0.1]))
-    assert "ReadTimeout" in fault(lambda body, reply: time.sleep(1))
+    monkeypatch.setattr(engine_vllm, "TRIES", 3)
+    before = len(server.bodies)
+    assert "failed 2 times, at last with ReadTimeout" in fault(lambda body, reply: time.sleep(1))
+    assert len(server.bodies) == before + 2
     server.http.shutdown()
     server.http.server_close()
     assert "ConnectError" in fault(None)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        {"choices": None},
+        {"choices": [None]},
+        {"choices": 7},
+        {},
+        {"choices": [{"token_ids": [1]}]},
+        {"choices": [{"token_ids": [1], "logprobs": None}]},
+        {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": None}}]},
+        {"choices": [{"token_ids": [1, 2], "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": ["-0.1"]}}]},
+        {"choices": [{"token_ids": ["1"], "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"token_ids": [1.5], "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"token_ids": [-1], "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"token_ids": 1, "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"logprobs": {"token_logprobs": [-0.1]}}]},
+    ],
+)
+def test_a_malformed_chunk_is_one_line(server, chunk):
+    server.answer = lambda body, reply: reply.event(chunk)
+    with pytest.raises(ServerError, match="no token ids with log-probs") as caught:
+        complete(HTTPEngine(server.url), [Request("a", [1], 4, stop=FenceParser())])
+    assert "\n" not in str(caught.value) and len(server.bodies) == 1  # another try would bring the same
+
+
+def test_an_error_without_words_is_one_line(server, monkeypatch):
+    monkeypatch.setattr(engine_vllm, "TRIES", 1)
+    for error in (None, {"message": None}, {"message": {"a": 1}}, "text"):
+        server.answer = lambda body, reply, error=error: reply.event({"error": error})
+        with pytest.raises(ServerError, match="failed 1 times"):
+            complete(HTTPEngine(server.url), [Request("a", [1], 4)])
 
 
 def test_a_server_that_is_none_is_found_out_at_once(server):
@@ -304,6 +457,7 @@ def test_a_server_that_is_none_is_found_out_at_once(server):
 def test_a_server_keeps_its_weights(server):
     with pytest.raises(RuntimeError, match="a server keeps its weights"):
         HTTPEngine(server.url).update_weights([])
+    HTTPEngine(server.url).sleep()
 
 
 # ---- from the scripts -----------------------------------------------------------------------------------------------

@@ -237,7 +237,42 @@ def test_eos_is_kept_and_the_context_is_a_limit(engine):
     for ids in ([], [1] * 2048):
         with pytest.raises(ValueError, match="request a has"):
             engine.add(Request("a", ids, 4))
+    with pytest.raises(ValueError, match="request a wants max_tokens >= 1"):
+        engine.add(Request("a", [1], 0))
     assert not engine.has_work()
+
+
+def test_dropped_requests_are_forgotten(engine):
+    """More of them than run at once; afterwards the same names get their own turns."""
+    engine, _ = engine
+    for i in range(12):
+        engine.add(Request(str(i), [5, 6, 7], 200, seed=i))
+    for _ in range(3):
+        engine.step()
+    engine.drop()
+    assert not engine.has_work() and not engine.llm.llm_engine.has_unfinished_requests()
+    requests = [Request(str(i), p, 8, temperature=0) for i, p in enumerate(prompts(12))]
+    again = complete(engine, requests)
+    assert len(again) == 12
+    alone = complete(engine, [requests[3]])["3"]
+    assert again["3"].token_ids == alone.token_ids
+
+
+def test_what_a_broken_step_did_not_compute_is_not_taken_for_cached(engine):
+    engine, model = engine
+    requests = [Request(str(i), [*range(100), i], 6, seed=i) for i in range(3)]
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    [hook] = engine.llm.apply_model(lambda module: module.register_forward_pre_hook(broken))
+    with pytest.raises(KeyboardInterrupt):
+        complete(engine, requests)
+    hook.remove()
+    engine.drop()
+    done = complete(engine, requests)
+    for request in requests:
+        assert logps_gap(model, request.token_ids, done[request.id], 1.0) < 1e-4
 
 
 def test_a_missing_log_prob_is_nan(engine):

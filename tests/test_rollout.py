@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from thor.engine import Request
 from thor.fences import decode
 from thor.prompts import observation_text, render_prompt
-from thor.rollout import INFRA_TRIES, Sampling, derive_seed, drive, regenerate_step, solve, split_think
+from thor.rollout import INFRA_TRIES, Ask, Sampling, derive_seed, drive, regenerate_step, solve, split_think
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
 PROBLEM = Problem("p", "What?", "4")
@@ -237,6 +237,27 @@ def test_tasks_in_flight_are_bounded_and_all_run(tokenizer):
 
     assert drive([task(i) for i in range(9)], engine, ScriptedExecutor(None), in_flight=3) == list(range(9))
     assert most <= 3
+
+
+def test_a_drive_that_breaks_off_leaves_nothing_to_the_next(tokenizer):
+    """Both drives name their requests alike; each turn says which prompt it answers."""
+    engine = ScriptedEngine(tokenizer, lambda request, turn: str(request.token_ids))
+    other = ScriptedEngine(tokenizer, engine.reply)
+
+    def task(name: str, prompt: list[int]):
+        if name == "b":
+            first = yield Ask(other, Request(name, prompt, 20))
+            return decode(tokenizer, first.token_ids[:-1])
+        return decode(tokenizer, (yield Request(name, prompt, 20)).token_ids[:-1])
+
+    def broken(i, value):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drive([task(name, [1]) for name in "abc"], engine, ScriptedExecutor(None), done=broken)
+    assert not engine.has_work() and not other.has_work()
+    values = drive([task(name, [2]) for name in "abc"], engine, ScriptedExecutor(None))
+    assert values == ["[2]"] * 3
 
 
 def test_the_models_context_ends_a_trajectory(tokenizer):

@@ -47,6 +47,17 @@ class Request:
     stop: StopRule | None = None
     shared: int = 0  # leading tokens that other requests share: a hint, what to compute once
 
+    def room(self, context: int) -> int:
+        """Tokens it may sample from a model that takes `context`; ValueError for what no engine can sample."""
+        length = len(self.token_ids)
+        if not length:
+            raise ValueError(f"request {self.id} has no tokens")
+        if self.max_tokens < 1 or self.top_k < 0 or self.temperature < 0:
+            raise ValueError(f"request {self.id} wants max_tokens >= 1, top_k >= 0 and temperature >= 0")
+        if length >= context:
+            raise ValueError(f"request {self.id} has {length} tokens, the model takes {context}")
+        return min(self.max_tokens, context - length)
+
 
 @dataclass
 class Completion:
@@ -56,6 +67,33 @@ class Completion:
     token_ids: list[int]
     logps: list[float]
     finish: str  # 'eos' | 'stop' (the stop rule) | 'length'
+
+
+class OpenTurn:
+    """The turn of one request while its tokens arrive: where it ends is decided here, for every engine.
+
+    room: tokens it may sample. eos: tokens that end it. token_ids, logps: what was sampled so far.
+    """
+
+    def __init__(self, request: Request, room: int, eos: set[int], tokenizer) -> None:
+        self.request, self.room, self.eos = request, room, eos
+        self.text = TextStream(tokenizer)
+        self.token_ids: list[int] = []
+        self.logps: list[float] = []
+
+    def push(self, token: int, logp: float | None) -> Completion | None:
+        """Take one sampled token; the completion, once this token ends the turn. A log-prob not known becomes NaN."""
+        self.token_ids.append(token)
+        self.logps.append(math.nan if logp is None else logp)
+        if token in self.eos:
+            finish = "eos"
+        elif self.request.stop and self.request.stop.feed(self.text.push(token)):
+            finish = "stop"
+        elif len(self.token_ids) >= self.room:
+            finish = "length"
+        else:
+            return None
+        return Completion(self.request.id, self.token_ids, self.logps, finish)
 
 
 class Engine(Protocol):
@@ -71,8 +109,14 @@ class Engine(Protocol):
 
     def has_work(self) -> bool: ...
 
+    def drop(self) -> None:
+        """Forget every request under way: no later `step` returns a turn of theirs."""
+
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take new weights and forget every cached prefix."""
+
+    def sleep(self) -> None:
+        """Give back what only sampling needs memory for, while a trainer works."""
 
 
 class HFEngine:
@@ -116,17 +160,10 @@ class HFEngine:
     # ---- the contract ----
 
     def add(self, request: Request) -> None:
-        length = len(request.token_ids)
-        if not length:
-            raise ValueError(f"request {request.id} has no tokens")
-        if request.max_tokens < 1 or request.top_k < 0 or request.temperature < 0:
-            raise ValueError(f"request {request.id} wants max_tokens >= 1, top_k >= 0 and temperature >= 0")
-        if length >= self.context:
-            raise ValueError(f"request {request.id} has {length} tokens, the model takes {self.context}")
-        if length + self._room(request) > self.rows.tokens:
+        length = len(request.token_ids) + request.room(self.context)
+        if length > self.rows.tokens:
             raise ValueError(
-                f"request {request.id} may grow to {length + self._room(request)} tokens, "
-                f"there is room for {self.rows.tokens} (kv_tokens)"
+                f"request {request.id} may grow to {length} tokens, there is room for {self.rows.tokens} (kv_tokens)"
             )
         self.sharers.setdefault(hash(_shared(request)), set()).add(request.id)
         if any(row and row.request.id == request.id for row in self.rows.items):
@@ -136,6 +173,12 @@ class HFEngine:
 
     def has_work(self) -> bool:
         return bool(self.queue) or any(row and row.running for row in self.rows.items)
+
+    def drop(self) -> None:
+        self.queue.clear()
+        self.sharers.clear()
+        self.rows.clear()  # whole: a step that was broken off counts keys and values that it never wrote
+        self.prefixes.clear()
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         if self.has_work():
@@ -206,10 +249,6 @@ class HFEngine:
 
     # ---- rows and prefixes ----
 
-    def _room(self, request: Request) -> int:
-        """How many tokens this request may still sample."""
-        return min(request.max_tokens, self.context - len(request.token_ids))
-
     def _admit(self) -> None:
         """Give waiting requests a row: their own from before, a free one, or the one that has idled longest."""
         rows, wanted = self.rows, {request.id for request in self.queue}
@@ -217,7 +256,7 @@ class HFEngine:
         if len(running) + len(self.queue) > rows.tokens // max(1, rows.capacity) < rows.max_slots:
             # few slots and long ones, from an earlier request; those of now can be more and shorter
             requests = [*self.queue, *(rows.items[i].request for i in running)]
-            longest = -(-max(len(request.token_ids) + self._room(request) for request in requests) // 64) * 64
+            longest = -(-max(len(request.token_ids) + request.room(self.context) for request in requests) // 64) * 64
             if longest < rows.capacity:
                 rows.resize(min(rows.max_slots, rows.tokens // longest), longest, running)
         while self.queue:
@@ -228,7 +267,7 @@ class HFEngine:
                 mine = None  # the same id, another text: what it shares with others is worth more
             prefix = mine.prefix if mine else self._prefix(request, wanted)
             offset = len(prefix.token_ids) if prefix else 0
-            length = len(ids) - offset + self._room(request)
+            length = len(ids) - offset + request.room(self.context)
 
             def worth(row: Row, own: Row | None = mine) -> float:
                 return math.inf if row.running else row.used + (row.request.id in wanted) * 2**30 + (row is own) * 2**40
@@ -245,7 +284,8 @@ class HFEngine:
                 cached = min(common_prefix(kept, ids[offset:]), len(ids) - 1 - offset)
             if prefix:
                 prefix.used = self.clock
-            rows.items[at] = Row(request, prefix, list(ids), cached, text=TextStream(self.tokenizer), used=self.clock)
+            turn = OpenTurn(request, request.room(self.context), self.eos, self.tokenizer)
+            rows.items[at] = Row(turn, prefix, list(ids), cached, used=self.clock)
             self.queue.popleft()
         self.sharers.clear()
 
@@ -303,18 +343,9 @@ class HFEngine:
         finished = []
         for row, token, logp in zip(batch, map(int, token_ids), logps, strict=True):
             row.token_ids.append(token)
-            row.sampled.append(token)
-            row.logps.append(logp)
-            finish = ""
-            if token in self.eos:
-                finish = "eos"
-            elif row.request.stop and row.request.stop.feed(row.text.push(token)):
-                finish = "stop"
-            elif len(row.sampled) >= self._room(row.request):
-                finish = "length"
-            if finish:
+            if completion := row.turn.push(token, logp):
                 row.running = False
-                finished.append(Completion(row.request.id, row.sampled, row.logps, finish))
+                finished.append(completion)
         return finished
 
 
@@ -326,7 +357,8 @@ def _sampling_settings(batch: list[Row], device: torch.device) -> tuple:
     """The arguments of `sample` behind the logits, on the device; top-p and top-k are None where no row has any."""
     requests = [row.request for row in batch]
     temperatures = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device)
-    uniforms = torch.from_numpy(uniform([r.seed for r in requests], [len(row.sampled) for row in batch])).to(device)
+    counts = [len(row.turn.token_ids) for row in batch]
+    uniforms = torch.from_numpy(uniform([r.seed for r in requests], counts)).to(device)
     if not any(r.top_k or r.top_p < 1 for r in requests):
         return temperatures, None, None, uniforms
     top_ps = torch.tensor([r.top_p for r in requests], dtype=torch.float32, device=device)

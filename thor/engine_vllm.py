@@ -15,60 +15,24 @@ import os
 import queue
 import random
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import httpx2
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from thor.engine import Completion, Request, StopRule
-from thor.fences import TextStream
+from thor.engine import Completion, OpenTurn, Request
 from thor.runlog import UserError
 
 VLLM_TRIED = ("0.32",)  # minor versions that the tests have passed with; keep in step with pyproject.toml
 
 
 # ---- what both engines share ----------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Turn:
-    """The turn of one request while its tokens arrive; it ends where HFEngine would end it."""
-
-    request: Request
-    stop: StopRule | None
-    text: TextStream
-    eos: set[int]
-    room: int
-    token_ids: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-
-    def push(self, token: int, logp: float | None) -> Completion | None:
-        """Take one sampled token; the completion, once this token ends the turn."""
-        self.token_ids.append(token)
-        self.logps.append(float("nan") if logp is None else logp)
-        if token in self.eos:
-            finish = "eos"
-        elif self.stop and self.stop.feed(self.text.push(token)):
-            finish = "stop"
-        elif len(self.token_ids) >= self.room:
-            finish = "length"
-        else:
-            return None
-        return Completion(self.request.id, self.token_ids, self.logps, finish)
-
-
-def room_for(request: Request, context: int) -> int:
-    """How many tokens the request may sample; ValueError where it has no tokens or does not fit."""
-    if not request.token_ids:
-        raise ValueError(f"request {request.id} has no tokens")
-    if len(request.token_ids) >= context:
-        raise ValueError(f"request {request.id} has {len(request.token_ids)} tokens, the model takes {context}")
-    return min(request.max_tokens, context - len(request.token_ids))
 
 
 def end_tokens(source: str, tokenizer) -> set[int]:
@@ -143,13 +107,13 @@ class VLLMEngine:
         self.eos = end_tokens(source, self.tokenizer)
         self.context = self.llm.llm_engine.model_config.max_model_len
         self.score = score
-        self.turns: dict[str, _Turn] = {}
+        self.turns: dict[str, OpenTurn] = {}
         self.asleep = False
 
     def add(self, request: Request) -> None:
-        room = room_for(request, self.context)
+        turn = OpenTurn(request, request.room(self.context), self.eos, self.tokenizer)
         params = self.vllm.SamplingParams(
-            max_tokens=room,
+            max_tokens=turn.room,
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
@@ -162,7 +126,7 @@ class VLLMEngine:
         )
         prompt = self.vllm.inputs.tokens_input(request.token_ids)
         self.llm.llm_engine.add_request(request.id, prompt, params)  # first: it may be refused
-        self.turns[request.id] = _Turn(request, request.stop, TextStream(self.tokenizer), self.eos, room)
+        self.turns[request.id] = turn
 
     def step(self) -> list[Completion]:
         finished = []
@@ -184,6 +148,11 @@ class VLLMEngine:
 
     def has_work(self) -> bool:
         return bool(self.turns)
+
+    def drop(self) -> None:
+        self.llm.llm_engine.abort_request(list(self.turns))
+        self.turns.clear()
+        self.llm.reset_prefix_cache()  # a step that was broken off counts keys and values that it never wrote
 
     def sleep(self) -> None:
         """On a GPU, give weights and cache back while the trainer works; only `update_weights` wakes the engine."""
@@ -278,6 +247,7 @@ def _repack_heads(model: torch.nn.Module) -> None:
 
 # tries of one turn; seconds before the second, doubled before each further one, but never more: two minutes in all
 TRIES, BACKOFF, LONGEST = 9, 0.5, 30.0
+PERIOD = 0.005  # seconds between two looks at what has finished
 PASSING = (429, 500, 502, 503, 504)  # statuses that are worth another try
 
 
@@ -289,7 +259,8 @@ class HTTPEngine:
     """The completions route of a running `vllm serve`, for sampling alone: a server keeps its weights.
 
     url: "http://host:port", or "http://host:port#name" where the server must serve a model of that name.
-    rows: requests in flight, others wait. silence: seconds without a byte after which a request is tried again.
+    rows: requests in flight, others wait. silence: seconds without a byte after which a request is tried again, but
+    only once: a server that takes connections and hangs would else cost TRIES times as much.
 
     Log-probs are of the distribution drawn from if the server was started with `--logprobs-mode processed_logprobs`;
     vLLM's default ignores the temperature. Stop rules are fed on a thread of this engine. A turn that is retried starts
@@ -314,32 +285,62 @@ class HTTPEngine:
             limits=httpx2.Limits(max_connections=rows, max_keepalive_connections=rows),
         )
         self.slots = asyncio.Semaphore(rows)
+        self.stepped = -PERIOD  # when the last step ended, in the time of time.monotonic
+        self.under_way: set[Future[Completion]] = set()
         self.finished: queue.Queue[Future[Completion]] = queue.Queue()
-        self.pending = 0
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name=f"HTTPEngine {self.url}", daemon=True).start()
+        self.thread = threading.Thread(target=self.loop.run_forever, name=f"HTTPEngine {self.url}", daemon=True)
+        self.thread.start()
 
     def add(self, request: Request) -> None:
-        room = room_for(request, self.context)
-        self.pending += 1
+        room = request.room(self.context)
         future = asyncio.run_coroutine_threadsafe(self._complete(request, room), self.loop)
+        self.under_way.add(future)
         future.add_done_callback(self.finished.put)
 
     def step(self) -> list[Completion]:
-        """The turns that finished; waits for one, but hardly: other engines and the executor have their turns too."""
-        futures = []
+        """The turns that finished; waits for one until PERIOD has passed since the last call.
+
+        So a caller with nothing else to do does not spin, and one that steps a slower engine beside is not held up.
+        """
+        futures, patience = [], self.stepped + PERIOD - time.monotonic()
         with contextlib.suppress(queue.Empty):
-            futures.append(self.finished.get(timeout=0.01))
+            futures.append(self.finished.get(patience > 0, patience))
             while True:
                 futures.append(self.finished.get_nowait())
-        self.pending -= len(futures)
+        self.stepped = time.monotonic()
+        self.under_way.difference_update(futures)
         return [future.result() for future in futures]
 
     def has_work(self) -> bool:
-        return self.pending > 0
+        return bool(self.under_way)
+
+    def drop(self) -> None:
+        """Connections are closed, upon which the server aborts what it samples."""
+        dropped, self.under_way, self.finished = self.under_way, set(), queue.Queue()  # theirs go to the old queue
+        for future in dropped:
+            future.cancel()
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         raise RuntimeError(f"{self.url}: a server keeps its weights; train with the sampler 'hf' or 'vllm'")
+
+    def sleep(self) -> None: ...  # what it samples with is not this machine's memory
+
+    def close(self) -> None:
+        """Drop what is under way and end connections and thread, as the end of the process does. Twice is no harm."""
+        if self.loop.is_closed():
+            return
+        self.drop()
+
+        async def end() -> None:
+            await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+            await self.client.aclose()
+            await self.loop.shutdown_asyncgens()
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
 
     def _served(self, name: str) -> dict:
         """The entry of /v1/models for `name`, or the first one."""
@@ -378,30 +379,36 @@ class HTTPEngine:
             "return_token_ids": True,
             "stream": True,  # so that a turn can end where its stop rule says
         }
-        untouched = copy.copy(request.stop)
+        untouched, silent = copy.copy(request.stop), 0
         for attempt in range(TRIES):
             if attempt:
                 pause = min(BACKOFF * 2 ** (attempt - 1), LONGEST)
                 await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # not all requests at the same moment
-            stop = copy.copy(untouched) if attempt else request.stop
-            turn = _Turn(request, stop, TextStream(self.tokenizer), self.eos, room)
+                request = replace(request, stop=copy.copy(untouched))
+            turn, completion = OpenTurn(request, room, self.eos, self.tokenizer), None
             try:
                 async with self.slots, self.client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
                     if response.status_code == 200:
-                        completion, fault = await self._read(response, turn)
-                        if completion:
-                            return completion
+                        lines = response.aiter_lines()
+                        completion, fault = await self._read(lines, turn)
+                        if completion and completion.finish != "stop":
+                            async for _ in lines:  # to its end, which is near: the connection serves the next turn
+                                pass
                     else:
                         fault = f"{response.status_code}: {_message(await response.aread())}"
                         if response.status_code not in PASSING:
                             raise ServerError(f"{self.url}: refused the request with {fault}")
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:
                 fault = f"{type(error).__name__} {error}".strip()
-        raise ServerError(f"{self.url}: request {request.id} failed {TRIES} times, at last with {fault}")
+                silent += isinstance(error, (httpx2.ReadTimeout, httpx2.WriteTimeout))
+            if completion:  # whole, even where the rest of its stream is torn
+                return completion
+            if silent == 2:
+                break
+        raise ServerError(f"{self.url}: request {request.id} failed {attempt + 1} times, at last with {fault}")
 
-    async def _read(self, response: httpx2.Response, turn: _Turn) -> tuple[Completion | None, str]:
+    async def _read(self, lines: AsyncIterator[str], turn: OpenTurn) -> tuple[Completion | None, str]:
         """Feed the stream to the turn: its completion, or why there is none. Left unread, the server aborts it."""
-        lines = response.aiter_lines()
         async for line in lines:
             if not line.startswith("data: {"):
                 continue
@@ -409,26 +416,32 @@ class HTTPEngine:
                 chunk = json.loads(line.removeprefix("data: "))
                 if "error" in chunk:
                     return None, _message(line.removeprefix("data: ").encode())
-                choices = chunk["choices"]  # none in a chunk that reports usage
-            except (ValueError, KeyError) as error:
-                raise ServerError(f"{self.url}: sent what `vllm serve` does not send: {line[:100]}") from error
-            for choice in choices:
-                if choice.get("token_ids") is None:
-                    raise ServerError(f"{self.url}: returned no token ids; is it a vLLM with `return_token_ids`?")
-                logps = (choice.get("logprobs") or {}).get("token_logprobs") or [None] * len(choice["token_ids"])
-                for token, logp in zip(choice["token_ids"], logps, strict=True):
-                    completion = turn.push(token, logp)
-                    if completion and completion.finish != "stop":
-                        async for _ in lines:  # to its end, which is near: the connection serves the next turn
-                            pass
-                    if completion:
-                        return completion, ""
+                sampled = _sampled(chunk)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ServerError(
+                    f"{self.url}: sent no token ids with log-probs; is it a vLLM with `return_token_ids`? {line[:200]}"
+                ) from error
+            for token, logp in sampled:
+                if completion := turn.push(token, logp):
+                    return completion, ""
         return None, "the stream ended early"
+
+
+def _sampled(chunk: dict) -> list[tuple[int, float | None]]:
+    """Tokens of a chunk with their log-probs; ValueError, KeyError or TypeError where it is not what vLLM sends."""
+    pairs: list[tuple[int, float | None]] = []
+    for choice in chunk["choices"]:  # none in a chunk that reports usage
+        if choice["token_ids"] != []:  # beside none, log-probs may be null
+            pairs += zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
+    for token, logp in pairs:
+        if type(token) is not int or token < 0 or not isinstance(logp, (float, int, type(None))):
+            raise TypeError(f"token {token} with log-prob {logp}")
+    return pairs
 
 
 def _message(body: bytes) -> str:
     """What an error response says, in one line."""
     text = body.decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        text = json.loads(text)["error"]["message"]
+        text = str(json.loads(text)["error"]["message"])
     return " ".join(text.split())[:300]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from thor.attention import causal_sdpa
 from thor.cpu import release_freed_memory
-from thor.fences import TextStream
 
 HIDDEN = -1e30  # score of a key that is not seen; finite, since a part of a softmax may consist of nothing else
 
@@ -125,15 +124,16 @@ class Prefix:
 class Row:
     """A request in one slot: the keys and values of its first tokens are those of `prefix`, `cached` more are there."""
 
-    request: Any  # engine.Request
+    turn: Any  # engine.OpenTurn
     prefix: Prefix | None
     token_ids: list[int]  # everything so far
     cached: int = 0
-    sampled: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    text: TextStream | None = None  # of what was sampled, for the stop rule
     running: bool = True
     used: int = 0  # step of the last use
+
+    @property
+    def request(self) -> Any:
+        return self.turn.request
 
     @property
     def offset(self) -> int:

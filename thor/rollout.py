@@ -98,9 +98,7 @@ def drive(
             busy = [e for e in engines.values() if e.has_work()]
             for e in busy:
                 for completion in e.step():
-                    key = (id(e), completion.id)
-                    if key in waiting:  # else it is left over from tasks that an exception broke off
-                        resume(waiting.pop(key), completion)
+                    resume(waiting.pop((id(e), completion.id)), completion)
             while running:
                 patience = None if deterministic or not busy else 0
                 finished = wait(running, patience, ALL_COMPLETED if deterministic else FIRST_COMPLETED).done
@@ -116,6 +114,9 @@ def drive(
     finally:
         for task in tasks:
             task.close()
+        for e in engines.values():
+            if e.has_work():  # an exception broke the tasks off: else a later drive could get these turns for its own
+                e.drop()
     return values
 
 
