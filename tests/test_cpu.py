@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from conftest import FAMILIES, byte_tokenizer, tiny_model
 from torch import nn
 
-from thor.cpu import AVAILABLE, OneDNNLinear, pack, unpack, use_onednn
+from thor.cpu import AVAILABLE, OneDNNLinear, keep_less, pack, unpack, use_onednn
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="oneDNN serves linear layers on x86 CPUs alone")
 
@@ -70,3 +71,68 @@ def test_parameters_keep_their_names_and_other_types_their_own_matmul():
     assert half.packed is None
     x = torch.randn(3, 32, dtype=torch.bfloat16)
     assert torch.equal(half(x), nn.functional.linear(x, half.weight, half.bias))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_and_mlps_that_keep_less_have_the_same_gradients(family):
+    """Copies, too, which must compute with their own weights and not with those of the model they were made of."""
+    plain = tiny_model(family, byte_tokenizer())
+    lean = copy.deepcopy(plain)
+    for model in (plain, lean):
+        use_onednn(model)
+    keep_less(lean)
+    ours = copy.deepcopy(lean)
+    with torch.no_grad():
+        for parameter in lean.parameters():
+            parameter.zero_()
+    ids = torch.arange(40).reshape(2, 20) % plain.config.vocab_size
+    kept, gradients = [], []
+    for model in (plain, ours):
+        storages = {}
+
+        def note(x, storages=storages):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            logits = model(ids, use_cache=False).logits
+        kept.append(sum(storages.values()))
+        (logits.float() ** 2).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert kept[1] < kept[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, plain(ids).logits)
+
+
+class GatedMLP(nn.Module):
+    """One that transformers might have: its `scale` is not what keep_less would compute."""
+
+    def __init__(self, scale: float, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(8, 16, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(16, 8, bias=bias)
+        self.act_fn, self.scale = nn.SiLU(), scale
+
+    def forward(self, x):
+        return self.down_proj(self.scale * self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(("scale", "bias", "lean"), [(1.0, False, True), (2.0, False, False), (1.0, True, False)])
+def test_only_an_mlp_that_computes_the_same_keeps_less(scale, bias, lean):
+    mlp = GatedMLP(scale, bias)
+    if bias:
+        nn.init.zeros_(mlp.down_proj.bias)  # equal in value, yet its gradient would be lost
+    use_onednn(mlp)
+    keep_less(mlp)
+    assert ("forward" in vars(mlp)) is lean
+
+
+def test_a_wide_layer_has_its_gradient_computed_in_parts(monkeypatch):
+    monkeypatch.setattr("thor.cpu.MANY", 20)
+    plain, ours = pair(12, 70, False)
+    x = torch.randn(2, 9, 12)
+    for layer in (plain, ours):
+        (layer(x) ** 2).sum().backward()
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-4)

@@ -35,7 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 from thor.attention import Tree, common_prefix, use_layout_attention
-from thor.cpu import keep_freed_memory, use_onednn
+from thor.cpu import keep_less, use_onednn
 from thor.demo_model import ModelError, demo_model
 from thor.engine import Engine, HFEngine
 from thor.engine_vllm import HTTPEngine, VLLMEngine
@@ -86,7 +86,7 @@ def load_policy(name: str, device: str = "auto", dtype: str = "float32") -> tupl
         raise ModelError(f"{name}: {error}") from error
     use_onednn(model)
     if device == "cpu":
-        keep_freed_memory()
+        keep_less(model)
     return model.to(device).eval(), tokenizer
 
 
@@ -231,41 +231,40 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, temperature):
         ctx.set_materialize_grads(False)
-        parts = []
-        for rows, ids in zip(_few_rows(logits), _few_rows(targets, logits), strict=True):
-            scaled = rows.float() / temperature
+        columns = torch.empty(3, len(logits), 1, dtype=torch.float32, device=logits.device)
+        logp, log_total, entropy = columns.unbind()
+        for rows in _blocks(logits):
+            scaled = logits[rows].float() / temperature
             top = scaled.amax(-1, keepdim=True)
             weights = (scaled - top).exp_()
-            total = weights.sum(-1)
-            log_total = top.squeeze(-1) + total.log()
-            entropy = log_total - weights.mul_(scaled).sum(-1) / total
-            parts.append((scaled.gather(-1, ids[:, None]).squeeze(-1) - log_total, log_total, entropy))
-        logp, log_total, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+            total = weights.sum(-1, keepdim=True)
+            log_total[rows] = top + total.log()
+            logp[rows] = scaled.gather(-1, targets[rows, None]) - log_total[rows]
+            entropy[rows] = log_total[rows] - weights.mul_(scaled).sum(-1, keepdim=True) / total
         ctx.save_for_backward(logits, targets, log_total, entropy)
         ctx.temperature = temperature
-        return logp, entropy
+        return logp.squeeze(1), entropy.squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_logp, d_entropy):
         """d logp / d z_j = 1[j is the target] - p_j,  d entropy / d z_j = -p_j (log p_j + entropy),  z = scaled"""
-        logits, *saved = ctx.saved_tensors
+        logits, targets, log_total, entropy = ctx.saved_tensors
         gradient = logits.detach()
-        d_logp, d_entropy = (None if d is None else d / ctx.temperature for d in (d_logp, d_entropy))
-        d_logp = torch.zeros_like(saved[-1]) if d_logp is None else d_logp
-        columns = [x[:, None] for x in (*saved, d_logp, *([] if d_entropy is None else [d_entropy]))]
-        for rows, *few in zip(*(_few_rows(x, logits) for x in (gradient, *columns)), strict=True):
-            ids, log_total, entropy, pull, *d_few = few
-            logps = rows.float().div_(ctx.temperature).sub_(log_total)
-            through = pull + (logps + entropy) * d_few[0] if d_few else pull
-            rows.copy_(logps.exp_().mul_(-through).scatter_add_(1, ids, pull))
+        pull = torch.zeros_like(entropy) if d_logp is None else d_logp[:, None] / ctx.temperature
+        for rows in _blocks(logits):
+            logps = gradient[rows].float().div_(ctx.temperature).sub_(log_total[rows])
+            through = pull[rows]
+            if d_entropy is not None:
+                through = through + (logps + entropy[rows]) * d_entropy[rows, None] / ctx.temperature
+            gradient[rows] = logps.exp_().mul_(-through).scatter_add_(1, targets[rows, None], pull[rows])
         return gradient, None, None
 
 
-def _few_rows(x: torch.Tensor, logits: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """x in blocks of rows, as many as of the logits [N, V] stay in a CPU's cache while they are passed over."""
-    logits = x if logits is None else logits
-    return x.split(len(x) or 1 if logits.is_cuda else max(1, CACHED // logits.shape[1]))
+def _blocks(logits: torch.Tensor) -> list[slice]:
+    """Slices of as many rows as stay in a CPU's cache while they are passed over; a GPU takes all at once."""
+    rows = max(1, len(logits) if logits.is_cuda else CACHED // logits.shape[1])
+    return [slice(i, i + rows) for i in range(0, len(logits), rows)]
 
 
 def _score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temperature: float, chunk: int):
