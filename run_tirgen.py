@@ -394,9 +394,11 @@ def main(argv: list[str] | None = None) -> None:
         problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
     with Executor(timeout=settings.timeout) as executor:
         with user_errors():
-            actor = critic = load_engine(settings.actor, settings.device, settings.rows)
-            if settings.critic and settings.critic != settings.actor:
-                critic = load_engine(settings.critic, settings.device, settings.rows)
+            two = settings.critic not in ("", settings.actor)
+            share = 0.25 if two else 0.5
+            actor = critic = load_engine(settings.actor, settings.device, settings.rows, share)
+            if two:
+                critic = load_engine(settings.critic, settings.device, settings.rows, share)
             run.start()
         template = TEMPLATES[settings.template](actor.tokenizer, critic.tokenizer)
         # tries whose prompts begin alike stand together, so that what they share is in the engine's cache

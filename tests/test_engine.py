@@ -22,6 +22,7 @@ from transformers import (
 
 from thor.attention import Tree
 from thor.engine import Completion, HFEngine, Request, sample, uniform
+from thor.kvcache import _softmax_part, free_memory
 from thor.policy import micro_batches, score_tokens
 from thor.rollout import Sampling, drive, solve
 from thor.trajectory import ExecResult, Problem
@@ -69,6 +70,26 @@ def assert_same_greedy(completion: Completion, reference, prompt: list[int]) -> 
         assert abs(completion.logps[i] - logps[i, token].item()) < 1e-4
 
 
+def assert_generated(completion: Completion, model, prompt: list[int]) -> None:
+    """The completion is what unbatched `generate` gives, up to a token whose top-two logit gap is below 1e-3."""
+    ids, count = torch.tensor([prompt]), len(completion.token_ids)
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    for token, theirs, logits in zip(completion.token_ids, out.sequences[0, len(prompt) :], out.logits, strict=True):
+        if token != theirs:
+            best, second = logits[0].topk(2).values.tolist()
+            assert best - second < 1e-3
+            return
+
+
 @pytest.mark.parametrize("shared", [0, 25])
 @pytest.mark.parametrize("rows", [3, 64])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +98,7 @@ def test_rounds_and_backtracking_stay_exact(tokenizer, family, rows, shared):
     rng = random.Random(family + str(rows))
     preamble = [random_prompts(1, 200, seed=g, longest=1)[0] * shared for g in range(4)]
     texts = [preamble[i % 4] + p for i, p in enumerate(random_prompts(64, 200))]
-    reference = tiny_model(family, tokenizer)
+    reference, generator = tiny_model(family, tokenizer), tiny_model(family, tokenizer)
     engine = HFEngine(tiny_model(family, tokenizer), tokenizer, max_rows=rows, prefill_tokens=50)
     engine.eos = set()
     for _ in range(3):
@@ -86,6 +107,8 @@ def test_rounds_and_backtracking_stay_exact(tokenizer, family, rows, shared):
         for i, text in enumerate(texts):
             assert completions[str(i)].finish == "length"
             assert_same_greedy(completions[str(i)], reference, text)
+            if rows == 3 and shared:  # and by transformers' own loop
+                assert_generated(completions[str(i)], generator, text)
             text = text + completions[str(i)].token_ids
             if rng.random() < 0.3:  # as self-correction does
                 text = text[: len(text) - rng.randint(1, 7)]
@@ -176,10 +199,36 @@ def test_shared_prompt_is_computed_once(tokenizer):
 def test_an_id_that_comes_again_with_another_text_shares_as_a_new_one(tokenizer):
     engine = HFEngine(tiny_llama(tokenizer), tokenizer)
     engine.eos, computed = set(), count_tokens(engine)
-    for text in ([5] * 9, [5] * 4 + [6] * 80):
+    for text, known in (([5] * 9, 0), ([5] * 4 + [6] * 80, 4)):
         del computed[:]
         complete(engine, [Request(str(i), text, 1, shared=len(text) - 1) for i in range(4)])
-        assert sum(computed) == len(text) - 1 + 4
+        assert sum(computed) == len(text) - 1 - known + 4
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_sampled_anew_computes_nothing_of_its_trajectory_again(tokenizer, family, group):
+    """The trajectory's prompt stands in a slot of its own (group 1), or in that of its group's prefix."""
+    engine = HFEngine(tiny_model(family, tokenizer), tokenizer)
+    engine.eos, prompt = set(), list(range(30))
+    first = complete(engine, [Request(f"{g}", prompt, 12, shared=29, seed=g) for g in range(group)])["0"]
+    context = prompt + first.token_ids[:7]
+    computed = count_tokens(engine)
+    again = complete(engine, [Request(f"step {g}", context, 6, temperature=0, shared=36) for g in range(4)])
+    assert sum(computed) == 4 * 6
+    for completion in again.values():
+        assert_same_greedy(completion, tiny_model(family, tokenizer), context)
+
+
+def test_a_prompt_that_begins_like_another_group_s_is_computed_from_where_they_part(tokenizer):
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer)
+    engine.eos, computed = set(), count_tokens(engine)
+    for end in (1, 2):
+        del computed[:]
+        text = [9] * 40 + [end] * 10
+        found = complete(engine, [Request(f"{end}#{g}", text, 3, temperature=0, shared=49) for g in range(2)])
+        assert sum(computed) == (49 if end == 1 else 9) + 2 * 3
+        assert_same_greedy(found[f"{end}#1"], tiny_llama(tokenizer), text)
 
 
 def test_samples_do_not_depend_on_batch_mates(tokenizer):
@@ -364,6 +413,23 @@ def test_an_engine_that_slept_samples_as_before(tokenizer):
         engine.sleep()
 
 
+def test_decoding_in_bfloat16_rounds_no_more_than_fused_attention_does():
+    """Both parts of the softmax against float64: SDPA's own error on such inputs is about 2e-3."""
+    torch.manual_seed(0)
+    q, keys, values = (torch.randn(2, 3, n, 64).to(torch.bfloat16) * 2 for n in (4, 200, 200))
+    hidden = torch.arange(200) >= 190
+    split = 120
+    parts = [
+        _softmax_part(q, keys[:, :, s], values[:, :, s], 0.125, hidden[s]) for s in (slice(split), slice(split, 200))
+    ]
+    top = torch.maximum(parts[0][0], parts[1][0])
+    total = sum(t * (m - top).exp() for m, t, _ in parts)
+    out = sum(o * (m - top).exp() for m, _, o in parts) / total
+    scores = (q.double() @ keys.double().transpose(-1, -2) * 0.125).masked_fill(hidden, float("-inf"))
+    exact = scores.softmax(-1) @ values.double()
+    assert (out - exact).norm() / exact.norm() < 4e-3
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logps_equal_the_trainers_over_whole_trajectories(executor, temperature):
     tokenizer = byte_tokenizer(WORDS)
@@ -500,3 +566,15 @@ def test_a_gpu_samples_what_the_cpu_samples(tokenizer):
     completions = complete(HFEngine(tiny_llama(tokenizer).cuda(), tokenizer), requests)
     for request in requests:
         assert_same_greedy(completions[request.id], tiny_llama(tokenizer), request.token_ids)
+
+
+def test_free_memory_is_what_a_container_has_left(monkeypatch, tmp_path):
+    files = {"memory.max": "3000", "memory.current": "2000", "memory.stat": "anon 900\ninactive_file 600\nslab 5"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("thor.kvcache.CONTAINER", tmp_path)
+    assert free_memory(torch.device("cpu")) == 3000 - (2000 - 600)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cpu")) == 400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(torch.device("cpu")) > 2**20

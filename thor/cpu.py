@@ -104,7 +104,7 @@ def _weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def keep_less(model: nn.Module) -> None:
     """Have norms and gated MLPs keep what they are given, and compute again what they made of it element by element.
 
-    A third less is kept, in a training step's time. Nothing changes without gradients, or where oneDNN does not serve.
+    A third less is kept, for no more time. Nothing changes without gradients, or where oneDNN does not serve.
     """
     for module in model.modules() if AVAILABLE else ():
         if type(module).__name__.endswith("RMSNorm"):

@@ -10,21 +10,19 @@ Shapes: R rows that sample, T tokens of one forward pass, V vocabulary, H/K/D qu
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import psutil
 import torch
 from transformers import PreTrainedModel
 
 from thor.attention import common_prefix, use_layout_attention
 from thor.cpu import pack, release_freed_memory, unpack, use_onednn
 from thor.fences import TextStream
-from thor.kvcache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token
+from thor.kvcache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token, free_memory
 
 
 class StopRule(Protocol):
@@ -124,8 +122,8 @@ class HFEngine:
 
     max_rows: requests that sample at once. prefill_tokens: prompt tokens that one step computes at most, beside the
     decoding rows. kv_tokens: tokens of keys and values that there is room for, as slots * longest request, a quarter of
-    it for shared prefixes (default: half of the memory that is free now, divided among the ranks of this machine; a
-    trainer beside it has the other half). Requests for which there is no room wait in a queue.
+    it for shared prefixes (default: the `share` of the memory that is free now, divided among the ranks of this
+    machine; the rest is for a trainer beside it, or another engine). Requests for which there is no room wait.
     """
 
     def __init__(
@@ -135,6 +133,7 @@ class HFEngine:
         max_rows: int = 64,
         prefill_tokens: int = 2048,
         kv_tokens: int | None = None,
+        share: float = 0.5,
     ) -> None:
         use_layout_attention(model)
         use_onednn(model)
@@ -145,12 +144,10 @@ class HFEngine:
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         if kv_tokens is None:
-            if model.device.type == "cuda":
-                free = torch.cuda.mem_get_info(model.device)[0]
-            else:
-                free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-                free = max(0, free - sum(p.nbytes for p in model.parameters()))  # the packed copy, see thor.cpu
-            kv_tokens = free // 2 // bytes_per_token(model)
+            free = free_memory(model.device)
+            if model.device.type == "cpu":
+                free -= sum(p.nbytes for p in model.parameters())  # the packed copy, see thor.cpu
+            kv_tokens = max(0, int(share * free)) // bytes_per_token(model)
         self.queue: deque[Request] = deque()
         self.rows = Store(model, max_rows, kv_tokens - kv_tokens // 4)
         self.prefixes = Store(model, max_rows, kv_tokens // 4)
@@ -177,8 +174,7 @@ class HFEngine:
     def drop(self) -> None:
         self.queue.clear()
         self.sharers.clear()
-        self.rows.clear()  # whole: a step that was broken off counts keys and values that it never wrote
-        self.prefixes.clear()
+        self._clear()  # wholly: a step that was broken off counts keys and values that it never wrote
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         if self.has_work():
@@ -188,20 +184,19 @@ class HFEngine:
             for name, parameter in named_parameters:
                 if own[name].data_ptr() != parameter.data_ptr():
                     own[name].copy_(parameter)
-        self.rows.clear()
-        self.prefixes.clear()
-        self._unpack()
+        self._clear()
 
     def sleep(self) -> None:
         """Give back what only sampling needs memory for, while a trainer works; the next step makes it anew."""
         if self.has_work():
             raise RuntimeError("put to sleep while requests were being sampled")
-        self.rows.clear()
-        self.prefixes.clear()
-        self._unpack()
+        self._clear()
         release_freed_memory()
 
-    def _unpack(self) -> None:
+    def _clear(self) -> None:
+        """Forget all that was computed with the present weights."""
+        self.rows.clear()
+        self.prefixes.clear()
         unpack(self.model)
         self.packed = False
 
@@ -309,10 +304,29 @@ class HFEngine:
         at = prefixes.place(len(ids), worth)
         if at is None:
             return None
-        prefixes.items[at] = Prefix(ids)
+        prefixes.items[at] = new = Prefix(ids)
         gone = {id(prefix) for prefix in before} - {id(prefix) for prefix in prefixes.items}
         self.rows.items = [None if row and id(row.prefix) in gone else row for row in self.rows.items]
-        return prefixes.items[at]
+        self._copy_known(new, at)
+        return new
+
+    def _copy_known(self, new: Prefix, at: int) -> None:
+        """Copy what stands elsewhere already: a step sampled anew begins like its trajectory, prompts like others."""
+        rows, prefixes = self.rows, self.prefixes
+        slot_of = {id(prefix): slot for slot, prefix in enumerate(prefixes.items) if prefix}
+
+        def known(row: Row) -> int:
+            ready = row.prefix is None or not row.prefix.pending
+            return common_prefix(row.token_ids[: row.offset + row.cached], new.token_ids) if ready else 0
+
+        sources = [(common_prefix(p.token_ids[: p.cached], new.token_ids), p, None) for p in prefixes.items if p]
+        sources += [(known(row), row.prefix, slot) for slot, row in enumerate(rows.items) if row]
+        new.cached, prefix, slot = max(sources, key=lambda source: source[0])
+        shared = min(new.cached, len(prefix.token_ids) if prefix else 0)
+        if shared:
+            prefixes.copy(at, 0, prefixes, slot_of[id(prefix)], shared)
+        if new.cached > shared:
+            prefixes.copy(at, shared, rows, slot, new.cached - shared)
 
     def _chunks(self) -> list[Chunk]:
         """What this step computes of prompts and observations, at most `prefill_tokens`; shared prefixes come first."""

@@ -8,18 +8,23 @@ Shapes: R rows that decode, T tokens of one forward pass, P prefixes in use, H/K
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from thor.attention import causal_sdpa
-from thor.cpu import release_freed_memory
 
+CONTAINER = Path("/sys/fs/cgroup")  # memory of a Linux container, if this is one
 HIDDEN = -1e30  # score of a key that is not seen; finite, since a part of a softmax may consist of nothing else
 
 
@@ -72,7 +77,11 @@ class Store:
                 if keep:
                     tensors[layer][: len(keep), :, :length] = old[keep, :, :length]
         self.capacity, self.items = capacity, [self.items[i] for i in keep] + [None] * (slots - len(keep))
-        release_freed_memory()  # nothing is as large again
+
+    def copy(self, slot: int, start: int, source: Store, other: int, count: int) -> None:
+        """The first `count` tokens of the slot `other` of `source`, to `start` in `slot`."""
+        for mine, theirs in zip((*self.keys, *self.values), (*source.keys, *source.values), strict=True):
+            mine[slot, :, start : start + count] = theirs[other, :, :count]
 
     def compact(self, wanted: Callable[[Any], bool]) -> None:
         """Move the wanted items to the first slots, so that attention reads one view of them and no other."""
@@ -98,6 +107,19 @@ def _head_shape(config) -> tuple[int, int]:
     """K and D."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free: of the GPU, or this rank's part of what the machine, or the container, still has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no limit
+        limit = int((CONTAINER / "memory.max").read_text())
+        files = re.search(r"^inactive_file (\d+)", (CONTAINER / "memory.stat").read_text(), re.MULTILINE)
+        used = int((CONTAINER / "memory.current").read_text()) - (int(files[1]) if files else 0)
+        free = min(free, limit - used)
+    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:
@@ -209,7 +231,7 @@ class CacheLayout:
         if self.R:
             self.rows.keys[layer][self.row_index, :, self.lengths - 1] = key[:, : self.R].transpose(0, 1)
             self.rows.values[layer][self.row_index, :, self.lengths - 1] = value[:, : self.R].transpose(0, 1)
-            outputs.append(self._decode(layer, query[:, : self.R] * scaling, key.shape[0], window))
+            outputs.append(self._decode(layer, query[:, : self.R], key.shape[0], scaling, window))
         at = self.R
         for chunk in self.chunks:
             count, end = len(chunk.token_ids), chunk.start + len(chunk.token_ids)
@@ -242,13 +264,13 @@ class CacheLayout:
             self.hidden[window] = (own, prefix)
         return self.hidden[window]
 
-    def _decode(self, layer: int, query, K: int, window: int | None) -> torch.Tensor:
+    def _decode(self, layer: int, query, K: int, scaling: float, window: int | None) -> torch.Tensor:
         """Softmax over [shared prefix | own slot] in two parts, merged by their maxima and sums."""
         H, R, D = query.shape
         own, shared = self._masks(window)
         q = query.transpose(0, 1).reshape(R, K, H // K, D)
         keys, values = (x[layer][:R, :, : self.longest] for x in (self.rows.keys, self.rows.values))
-        top, total, out = _softmax_part(q, keys, values, own[:, None, None])
+        top, total, out = _softmax_part(q, keys, values, scaling, own[:, None, None])
         if self.P:
             keys, values = (
                 x[layer][: self.P, :, : self.longest_prefix] for x in (self.prefixes.keys, self.prefixes.values)
@@ -256,7 +278,7 @@ class CacheLayout:
             m = self.members.shape[1]
             grouped = F.pad(q, (0, 0) * 3 + (0, 1))[self.members].transpose(1, 2).reshape(self.P, K, -1, D)
             mask = shared[:, None] if shared.shape[1] == 1 else shared.repeat_interleave(H // K, 1)[:, None]
-            part = _softmax_part(grouped, keys, values, mask)
+            part = _softmax_part(grouped, keys, values, scaling, mask)
             ptop, ptotal, pout = (
                 x.reshape(self.P, K, m, H // K, -1).transpose(1, 2).reshape(self.P * m, K, H // K, -1) for x in part
             )
@@ -266,13 +288,21 @@ class CacheLayout:
             both = torch.maximum(top, ptop)
             mine, other = (top - both).exp_(), (ptop - both).exp_()
             total = total * mine + ptotal * other
-            out = out * mine.to(out.dtype) + pout * other.to(out.dtype)
-        return (out / total.to(out.dtype)).reshape(R, H, D).transpose(0, 1)
+            out = out * mine + pout * other
+        return (out / total).to(query.dtype).reshape(R, H, D).transpose(0, 1)
 
 
-def _softmax_part(q, keys, values, hidden):
-    """Unnormalised softmax(q keys^T) values, with the maximum and the sum that normalise it: parts can merge."""
-    scores = (q @ keys.transpose(-1, -2)).float().masked_fill_(hidden, HIDDEN)
+def _softmax_part(q, keys, values, scaling: float, hidden):
+    """Unnormalised softmax(scaling q keys^T) values [P, K, q, D], with the maximum and the sum that normalise it, all
+    in float32: parts can merge. q [P, K, q, D], keys and values [P, K, L, D]."""
+    scores = _float_product(q, keys.transpose(-1, -2)).mul_(scaling).masked_fill_(hidden, HIDDEN)
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
-    return top, weights.sum(-1, keepdim=True), weights.to(values.dtype) @ values
+    return top, weights.sum(-1, keepdim=True), _float_product(weights.to(values.dtype), values)
+
+
+def _float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [P, K, m, n] @ b [P, K, n, o] in float32, whatever their type: in bfloat16, scores would be off by percents."""
+    if a.is_cuda and a.dtype != torch.float32:  # without copies in float32; there is no such product on a CPU
+        return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+    return a.float() @ b.float()

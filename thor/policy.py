@@ -90,11 +90,12 @@ def load_policy(name: str, device: str = "auto", dtype: str = "float32") -> tupl
     return model.to(device).eval(), tokenizer
 
 
-def load_engine(name: str, device: str, rows: int) -> Engine:
+def load_engine(name: str, device: str, rows: int, share: float = 0.5) -> Engine:
     """An engine to sample from the model `name`: 'http://host:port' is a running `vllm serve` (with '#model' behind it,
     one that serves that model), 'vllm:' before any other name is vLLM in this process, else HFEngine.
 
-    rows: requests that sample at once. Raises ModelError, ValueError, RuntimeError or ConnectionError, each one line.
+    rows: requests that sample at once. share: of the free memory, what an HFEngine may fill with keys and values.
+    Raises ModelError, ValueError, RuntimeError or ConnectionError, each one line.
     """
     if name.startswith(("http://", "https://", "vllm:")):
         if device != "auto":
@@ -102,7 +103,7 @@ def load_engine(name: str, device: str, rows: int) -> Engine:
         if name.startswith("vllm:"):
             return VLLMEngine(model_source(name.removeprefix("vllm:")), rows)
         return HTTPEngine(name, rows)
-    return HFEngine(*load_policy(name, device, "auto"), max_rows=rows)
+    return HFEngine(*load_policy(name, device, "auto"), max_rows=rows, share=share)
 
 
 def save_policy(model: PreTrainedModel, tokenizer, folder: Path) -> None:
