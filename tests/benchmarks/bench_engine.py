@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_engine.py                 all four workloads
     python tests/benchmarks/bench_engine.py --only a,b      some of them
+    python tests/benchmarks/bench_engine.py --vllm-python .venv-vllm/bin/python      vLLM in the environment that has it
 
 (a) 64 prompts of 20 to 80 tokens, 128 new tokens each
 (b) 8 prompts of 500 tokens, 8 samples of each, 96 new tokens (one group of RL)
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="demo name, folder or hub id")
     parser.add_argument("--only", default="a,b,c,d", help="workloads to run")
     parser.add_argument("--engines", default="generate,ours,vllm", help="what to run; vllm is skipped if not installed")
+    parser.add_argument("--vllm-python", default=sys.executable, help="interpreter that has vLLM")
     parser.add_argument("--child", action="store_true", help="(internal) measure the one engine, the last line is JSON")
     args = parser.parse_args()
     source, names = model_source(args.model), args.only.split(",")
@@ -238,8 +240,9 @@ def main() -> None:
     print(about, flush=True)
     found: dict = {}
     for which in args.engines.split(","):  # each in a process of its own, so that threads and peaks do not mix
-        if which != "vllm" or importlib.util.find_spec("vllm"):
-            command = [sys.executable, __file__, "--child", "--model", source, "--only", args.only, "--engines", which]
+        if which != "vllm" or args.vllm_python != sys.executable or importlib.util.find_spec("vllm"):
+            python = args.vllm_python if which == "vllm" else sys.executable
+            command = [python, __file__, "--child", "--model", source, "--only", args.only, "--engines", which]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
                 for line in child.stdout:
                     if line.startswith("{"):
