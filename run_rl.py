@@ -64,7 +64,7 @@ from thor.policy import (
     score_tokens,
     shard,
 )
-from thor.ranks import add_up, gather, rank, start_ranks, workers, world_size
+from thor.ranks import add_up, gather, meet, rank, start_ranks, workers, world_size
 from thor.rollout import Sampling, derive_seed, drive, regenerate_step, solve
 from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors
 from thor.trajectory import Problem, Step, Trajectory
@@ -682,7 +682,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"model in {run / 'final'}")
         if settings.evaluate:
             engine.update_weights(policy_parameters(model))
-            gather(None)  # a GPU may still be at it when the other ranks would end
+            meet()
             if rank() == 0:
                 summary, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after RL")
                 run.write_json("eval.json", summary)

@@ -39,7 +39,7 @@ from thor.policy import (
     shard,
 )
 from thor.prompts import render_prompt
-from thor.ranks import gather, rank, start_ranks, workers
+from thor.ranks import meet, rank, start_ranks, workers
 from thor.rollout import derive_seed
 from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors
 from thor.trajectory import Problem, Trajectory
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"model in {run / 'final'}")
         if engine:
             engine.update_weights(policy_parameters(model))
-            gather(None)  # a GPU may still be at it when the other ranks would end
+            meet()
         if engine and rank() == 0:
             after, trajectories = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after SFT")
             run.rewind("trajectories.jsonl", lambda record: False)

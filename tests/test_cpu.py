@@ -100,6 +100,7 @@ def test_norms_and_mlps_that_keep_less_have_the_same_gradients(family):
         (logits.float() ** 2).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert kept[1] < kept[0]
+    assert all("forward" in vars(layer.mlp) for layer in ours.model.layers)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4, msg=name)
     with torch.no_grad():
@@ -107,21 +108,25 @@ def test_norms_and_mlps_that_keep_less_have_the_same_gradients(family):
 
 
 class GatedMLP(nn.Module):
-    """One that transformers might have: its `scale` is not what keep_less would compute."""
+    """One that transformers might have: keep_less knows nothing of its `scale` and `limit`."""
 
-    def __init__(self, scale: float, bias: bool) -> None:
+    def __init__(self, scale: float, limit: float, bias: bool) -> None:
         super().__init__()
         self.gate_proj, self.up_proj = (nn.Linear(8, 16, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(16, 8, bias=bias)
-        self.act_fn, self.scale = nn.SiLU(), scale
+        self.act_fn, self.scale, self.limit = nn.SiLU(), scale, limit
 
     def forward(self, x):
-        return self.down_proj(self.scale * self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x).clamp(max=self.limit)
+        return self.down_proj(self.scale * self.act_fn(gate) * self.up_proj(x))
 
 
-@pytest.mark.parametrize(("scale", "bias", "lean"), [(1.0, False, True), (2.0, False, False), (1.0, True, False)])
-def test_only_an_mlp_that_computes_the_same_keeps_less(scale, bias, lean):
-    mlp = GatedMLP(scale, bias)
+@pytest.mark.parametrize(
+    ("scale", "limit", "bias", "lean"),
+    [(1.0, 1e9, False, True), (2.0, 1e9, False, False), (1.0, 10.0, False, False), (1.0, 1e9, True, False)],
+)
+def test_only_an_mlp_that_computes_the_same_keeps_less(scale, limit, bias, lean):
+    mlp = GatedMLP(scale, limit, bias)
     if bias:
         nn.init.zeros_(mlp.down_proj.bias)  # equal in value, yet its gradient would be lost
     use_onednn(mlp)

@@ -72,8 +72,7 @@ from conftest import byte_tokenizer, tiny_model
 from run_rl import Example, Settings, fill_advantages, fill_logps, update
 from run_sft import sft_loss
 from test_objective import PROBLEM, examples
-from thor.attention import use_layout_attention
-from thor.policy import add_value_head, optimizer_step, shard
+from thor.policy import add_value_head, optimizer_step, prepare, shard
 from thor.ranks import end_ranks, rank, start_ranks
 from thor.trajectory import Trajectory
 
@@ -87,7 +86,7 @@ def prepared(family="llama", value_head=False):
     if value_head:
         add_value_head(model)
         torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
-    use_layout_attention(model)
+    prepare(model)
     shard(model)
     return model, Gradient(model.parameters(), lr=0.0)
 

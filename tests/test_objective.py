@@ -41,7 +41,7 @@ from run_rl import (
 )
 from run_sft import sft_loss
 from thor import policy
-from thor.attention import Tree, use_layout_attention
+from thor.attention import Tree
 from thor.engine import HFEngine
 from thor.policy import (
     _LogProb,
@@ -50,6 +50,7 @@ from thor.policy import (
     distinct_tokens,
     micro_batches,
     optimizer_step,
+    prepare,
     score_tokens,
 )
 from thor.rollout import Sampling, solve
@@ -256,7 +257,7 @@ class Gradient(torch.optim.SGD):
 
 def gradient(model, batch: list[Example], settings: Settings) -> tuple[torch.Tensor, dict]:
     """(gradient of all parameters, metrics) of one optimizer step."""
-    use_layout_attention(model)
+    prepare(model)
     optimizer = Gradient(model.parameters(), lr=0.0)
     metrics = update(model, optimizer, batch, replace(settings, clip=1e9))
     return optimizer.vector, metrics
@@ -298,7 +299,7 @@ def test_gradient_does_not_depend_on_micro_batches_order_or_tree(tokenizer, data
     if chosen.estimator == "ppo":
         add_value_head(model)
         torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
-        use_layout_attention(model)
+        prepare(model)
         fill_logps(model, batch, "logp_old", chosen)
         fill_advantages(batch, chosen)
     whole, metrics = gradient(model, batch, replace(chosen, max_tokens_per_micro_batch=10_000))
@@ -382,7 +383,7 @@ def test_only_the_states_that_predict_action_tokens_have_logits(tokenizer):
     for example in batch:
         hidden = model.model(torch.tensor([example.token_ids])).last_hidden_state[0]
         expected += [hidden[p - 1] for p in example.scored]
-    use_layout_attention(model)  # with a probe that has logits
+    prepare(model)  # with a probe that has logits
     rows = []
     model.lm_head.register_forward_hook(lambda module, inputs, logits: rows.append(inputs[0].detach()))
     gradient(model, batch, Settings(max_tokens_per_micro_batch=10_000))
@@ -427,7 +428,7 @@ def test_labels_of_all_but_action_tokens_may_be_anything(tokenizer, monkeypatch,
         true[tuple(example.token_ids)] = ids
     assert len(true) == len(batch) and all(list(labels) != ids for labels, ids in true.items())
     model = tiny_llama(tokenizer)
-    use_layout_attention(model)
+    prepare(model)
     monkeypatch.setattr(policy, "Tree", lambda rows, share: Tree([true[tuple(row)] for row in rows], share=share))
     vector, same = gradient(model, batch, settings)
     assert_close(whole, vector)
@@ -437,7 +438,7 @@ def test_labels_of_all_but_action_tokens_may_be_anything(tokenizer, monkeypatch,
 def test_what_is_saved_for_the_backward_pass_is_less_than_the_logits_of_two_chunks(tokenizer):
     vocabulary, tokens, chunk = 5000, 1500, 50
     model, saved = tiny_llama(tokenizer, vocab_size=vocabulary), {}
-    use_layout_attention(model)
+    prepare(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def save(x: torch.Tensor) -> torch.Tensor:
@@ -546,7 +547,7 @@ def test_all_masked_batch_changes_nothing(tokenizer):
 @attempts(max_examples=10)
 def test_sft_gradient_does_not_depend_on_micro_batches_order_or_unlearned_tokens(tokenizer, tokens, data):
     model = tiny_llama(tokenizer)
-    use_layout_attention(model)
+    prepare(model)
     rows = [ledger(mask, first=first) for mask, first in (("11001", 10), ("111", 10), ("1011100", 20), ("0000", 60))]
 
     def sft_gradient(rows: list[Trajectory], max_tokens_per_micro_batch: int) -> torch.Tensor:
@@ -573,7 +574,7 @@ def test_sft_gradient_does_not_depend_on_micro_batches_order_or_unlearned_tokens
 
 def test_a_loss_that_is_not_finite_skips_the_step(tokenizer):
     model = tiny_llama(tokenizer)
-    use_layout_attention(model)
+    prepare(model)
     before = [p.detach().clone() for p in model.parameters()]
     batch = [Example(ledger("11"), float("nan"), "trajectory")]
     metrics = update(model, torch.optim.AdamW(model.parameters()), batch, Settings())

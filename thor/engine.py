@@ -23,6 +23,9 @@ from thor.attention import common_prefix, use_layout_attention
 from thor.cpu import pack, release_freed_memory, unpack, use_onednn
 from thor.fences import TextStream
 from thor.kvcache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token, free_memory
+from thor.runlog import UserError
+
+WORTH_A_STEP = 64  # tokens of a prefix for which it waits until another one has computed them
 
 
 class StopRule(Protocol):
@@ -41,7 +44,7 @@ class Request:
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: off
-    seed: int = 0  # the same request with the same seed samples the same tokens, whatever its batch-mates are
+    seed: int = 0  # with the same seed it samples the same tokens; batch-mates change the last bits of a float only
     stop: StopRule | None = None
     shared: int = 0  # leading tokens that other requests share: a hint, what to compute once
 
@@ -75,7 +78,7 @@ class OpenTurn:
 
     def __init__(self, request: Request, room: int, eos: set[int], tokenizer) -> None:
         self.request, self.room, self.eos = request, room, eos
-        self.text = TextStream(tokenizer)
+        self.text = TextStream(tokenizer, request.token_ids)
         self.token_ids: list[int] = []
         self.logps: list[float] = []
 
@@ -115,6 +118,10 @@ class Engine(Protocol):
 
     def sleep(self) -> None:
         """Give back what only sampling needs memory for, while a trainer works."""
+
+
+class NoRoomError(UserError, ValueError):
+    """A request is longer than all the room that an engine has for keys and values."""
 
 
 class HFEngine:
@@ -159,8 +166,9 @@ class HFEngine:
     def add(self, request: Request) -> None:
         length = len(request.token_ids) + request.room(self.context)
         if length > self.rows.tokens:
-            raise ValueError(
-                f"request {request.id} may grow to {length} tokens, there is room for {self.rows.tokens} (kv_tokens)"
+            raise NoRoomError(
+                f"--kv_tokens: request {request.id} may grow to {length} tokens, there is room for {self.rows.tokens} "
+                "and a third of that for shared prefixes"
             )
         self.sharers.setdefault(hash(_shared(request)), set()).add(request.id)
         if any(row and row.request.id == request.id for row in self.rows.items):
@@ -290,7 +298,8 @@ class HFEngine:
         for prefix in prefixes.items:
             if prefix and prefix.token_ids == ids:
                 return prefix
-        if not ids or len(self.sharers[hash(ids)]) < 2 or len(ids) > prefixes.tokens:
+        others = len(self.sharers[hash(ids)]) > 1 or any(row and _shared(row.request) == ids for row in self.rows.items)
+        if not ids or not others or len(ids) > prefixes.tokens:
             return None
         running, waiting = set(), set()
         for row in self.rows.items:
@@ -311,7 +320,10 @@ class HFEngine:
         return new
 
     def _copy_known(self, new: Prefix, at: int) -> None:
-        """Copy what stands elsewhere already: a step sampled anew begins like its trajectory, prompts like others."""
+        """Copy what stands elsewhere: a step sampled anew begins like its trajectory, a prompt like other prompts.
+
+        As far as it still stands there: with more trajectories than rows, most have made way by then.
+        """
         rows, prefixes = self.rows, self.prefixes
         slot_of = {id(prefix): slot for slot, prefix in enumerate(prefixes.items) if prefix}
 
@@ -332,16 +344,26 @@ class HFEngine:
         """What this step computes of prompts and observations, at most `prefill_tokens`; shared prefixes come first."""
         chunks, budget = [], self.prefill_tokens
         slot_of = {id(prefix): slot for slot, prefix in enumerate(self.prefixes.items)}
+        pending: list[Prefix] = []
         for slot, prefix in enumerate(self.prefixes.items):
-            if prefix and prefix.pending and budget:
-                start, count = prefix.cached, min(prefix.pending, budget)
+            if prefix and prefix.pending:
+                if not prefix.begun:
+                    worth = prefix.cached + WORTH_A_STEP
+                    if any(common_prefix(other.token_ids, prefix.token_ids) >= worth for other in pending):
+                        continue  # later it copies what the other one has by then
+                    self._copy_known(prefix, slot)
+                    prefix.begun = True
+                pending.append(prefix)
+        for prefix in pending:
+            if prefix.pending and budget:
+                slot, start, count = slot_of[id(prefix)], prefix.cached, min(prefix.pending, budget)
                 ids = list(prefix.token_ids[start : start + count])
                 chunks.append(Chunk(ids, start, self.prefixes, slot, start, None))
                 prefix.cached += count
                 budget -= count
         fresh = {chunk.slot for chunk in chunks}  # rows that see these start with the next step
-        pending = [(slot, row) for slot, row in enumerate(self.rows.items) if row and row.ready and row.pending > 1]
-        for slot, row in sorted(pending, key=lambda pair: pair[1].used):  # so that none waits for ever
+        waiting = [(slot, row) for slot, row in enumerate(self.rows.items) if row and row.ready and row.pending > 1]
+        for slot, row in sorted(waiting, key=lambda pair: pair[1].used):  # so that none waits for ever
             shared = slot_of[id(row.prefix)] if row.prefix else None
             if budget and shared not in fresh:
                 start, count = row.offset + row.cached, min(row.pending, budget)

@@ -7,6 +7,7 @@ A block opens at a line that starts with "```python" and closes at a line that i
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 OPEN, CLOSE = "```python", "```"
 BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\boxed\s*(?P<bare>[-+]?\d[\d.,/]*|[A-Za-z]\b)|\\.|[{}]", re.DOTALL)
@@ -87,12 +88,12 @@ class TextStream:
     """Text of a growing list of token ids, piece by piece; a character split over tokens waits for its last byte.
 
     Each piece is what `decode` says beyond the text of the previous piece's tokens, which stay in view as context:
-    some tokenizers treat the first token of a text differently.
+    some tokenizers treat the first token of a text differently. before: the tokens that the list continues.
     """
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self._context: list[int] = []
+        self._context = list(before[-1:])
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:

@@ -110,7 +110,10 @@ def _head_shape(config) -> tuple[int, int]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free: of the GPU, or this rank's part of what the machine, or the container, still has."""
+    """Bytes that are free: of the GPU, or this rank's part of what the machine, or the container, still has.
+
+    A container's limit is seen where its cgroup (v2) is mounted as usual, as Docker and Kubernetes do.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
@@ -135,6 +138,7 @@ class Prefix:
 
     token_ids: tuple[int, ...]
     cached: int = 0
+    begun: bool = False  # whether any of it was computed; before, it can only be copied
     used: int = 0  # step of the last use
 
     @property
@@ -303,6 +307,6 @@ def _softmax_part(q, keys, values, scaling: float, hidden):
 
 def _float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [P, K, m, n] @ b [P, K, n, o] in float32, whatever their type: in bfloat16, scores would be off by percents."""
-    if a.is_cuda and a.dtype != torch.float32:  # without copies in float32; there is no such product on a CPU
+    if a.is_cuda and a.dtype.itemsize == 2:  # without copies in float32; a CPU has no such product
         return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
     return a.float() @ b.float()

@@ -35,11 +35,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 from thor.attention import Tree, common_prefix, use_layout_attention
-from thor.cpu import keep_less, use_onednn
+from thor.cpu import keep_freed_memory, keep_less, use_onednn
 from thor.demo_model import ModelError, demo_model
 from thor.engine import Engine, HFEngine
 from thor.engine_vllm import HTTPEngine, VLLMEngine
-from thor.ranks import add_up, gather, rank, world_size
+from thor.ranks import add_up, gather, meet, rank, world_size
 from thor.runlog import Run, UserError, write_atomic
 
 DEMO_MODEL = "smollm2-135m"
@@ -81,13 +81,19 @@ def load_policy(name: str, device: str = "auto", dtype: str = "float32") -> tupl
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{name}: cannot be loaded as a local folder or a hub id: {first}") from error
     try:
-        use_layout_attention(model)
+        prepare(model, device)
     except ValueError as error:
         raise ModelError(f"{name}: {error}") from error
-    use_onednn(model)
-    if device == "cpu":
-        keep_less(model)
     return model.to(device).eval(), tokenizer
+
+
+def prepare(model: PreTrainedModel, device: str = "cpu") -> None:
+    """Give `model` layout attention, and what there is to make it fast and small on the device it will be on."""
+    use_layout_attention(model)
+    if device == "cpu":
+        use_onednn(model)
+        keep_less(model)
+        keep_freed_memory()
 
 
 def load_engine(name: str, device: str, rows: int, share: float = 0.5) -> Engine:
@@ -115,6 +121,7 @@ def save_policy(model: PreTrainedModel, tokenizer, folder: Path) -> None:
         policy = {name: state[name] for name in state if name in names and not name.startswith("value_head.")}
         model.save_pretrained(folder, state_dict=policy)
         tokenizer.save_pretrained(folder)
+    meet()
 
 
 # ---- what training adds to a model ----------------------------------------------------------------------------------
@@ -135,7 +142,7 @@ def add_value_head(model: PreTrainedModel) -> None:
 def checkpoint_gradients(model: PreTrainedModel) -> None:
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, a third more time."""
     for layer in decoder_layers(model):  # transformers' own switch works only in training mode, which has dropout
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -282,12 +289,13 @@ def _score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temp
     def project(states: torch.Tensor, targets: torch.Tensor):
         return _LogProb.apply(head(states), targets, temperature)
 
+    again = partial(checkpoint, project, use_reentrant=False, preserve_rng_state=False)
     # one chunk even if nothing is scored: on many ranks every parameter needs a gradient on each of them
     starts = range(0, max(1, len(pairs)), chunk)
     parts = []
     for i in starts:
         # the last chunk's logits are the first that the backward pass needs: they stay, the others are computed again
-        compute = project if i == starts[-1] else partial(checkpoint, project, use_reentrant=False)
+        compute = project if i == starts[-1] else again
         parts.append(compute(hidden[states[i : i + chunk]], targets[i : i + chunk]))
     logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
     return logp, entropy, value_head(hidden[states]).float() if value_head else None
@@ -426,7 +434,7 @@ def save_checkpoint(
         newer = there.index(path) + 1  # later numbers are left of a run that was killed before they were linked
         for other in there[: max(0, newer - keep)] + there[newer:]:
             other.unlink()
-    gather(None)  # a rank that went on and then ended would have torchrun end rank 0 in here
+    gather(None)  # a rank that went on and then failed would have torchrun end rank 0 in here
 
 
 def restore(run: Run, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict:

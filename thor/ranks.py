@@ -3,6 +3,7 @@
 What keeps this small: every rank holds the whole list of samples and comes to the same decisions from it. Only work is
 divided - whose prompts a rank samples (`gather` then gives the results to all), and which micro-batches it computes -
 so the number of ranks changes nothing but the time. Parameters, gradients and optimizer state are sharded (policy.py).
+Prompts are dealt out by their number, since how long the responses get is known afterwards only; micro-batches by size.
 """
 
 from __future__ import annotations
@@ -87,6 +88,13 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def meet() -> None:
+    """Wait for all ranks, and for what their GPUs still do: one that ended earlier would leave the others hanging."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    gather(None)
 
 
 def add_up(values: dict[str, float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from thor.attention import common_prefix
 from thor.engine import Completion, Engine, Request
 from thor.executor import Executor
-from thor.fences import FenceParser, TextStream, decode, encode
+from thor.fences import FenceParser, TextStream, encode
 from thor.prompts import observation_text, render_prompt
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
@@ -98,7 +98,8 @@ def drive(
             busy = [e for e in engines.values() if e.has_work()]
             for e in busy:
                 for completion in e.step():
-                    resume(waiting.pop((id(e), completion.id)), completion)
+                    if (id(e), completion.id) in waiting:  # else the request was added by someone else
+                        resume(waiting.pop((id(e), completion.id)), completion)
             while running:
                 patience = None if deterministic or not busy else 0
                 finished = wait(running, patience, ALL_COMPLETED if deterministic else FIRST_COMPLETED).done
@@ -114,8 +115,8 @@ def drive(
     finally:
         for task in tasks:
             task.close()
-        for e in engines.values():
-            if e.has_work():  # an exception broke the tasks off: else a later drive could get these turns for its own
+        for e in engines.values():  # work is left where an exception broke off; a later drive must not get these turns
+            if e.has_work() and hasattr(e, "drop"):
                 e.drop()
     return values
 
@@ -145,12 +146,13 @@ class Turn(FenceParser):
         return super().feed(piece)
 
 
-def parse_step(tokenizer, token_ids: list[int]) -> tuple[int, FenceParser]:
+def parse_step(tokenizer, token_ids: list[int], before: Sequence[int] = ()) -> tuple[int, FenceParser]:
     """Find the block in the sampled ids of one step: (index of the token in which "```python" begins, parser).
 
     Without a closed block the index is len(token_ids). The ids are what counts, not the text that an engine streamed.
+    before: the tokens that the step continues.
     """
-    stream, parser, lengths = TextStream(tokenizer), FenceParser(), []
+    stream, parser, lengths = TextStream(tokenizer, before), FenceParser(), []
     for token in token_ids:
         parser.feed(stream.push(token))
         lengths.append(len(parser.text))
@@ -173,12 +175,13 @@ def sample_step(
 
     Returns (completion, index of the block's first token in r_pre + sampled, parser of that text).
     """
-    turn = Turn(decode(engine.tokenizer, r_pre), listener)
+    stream = TextStream(engine.tokenizer, context)
+    turn = Turn("".join(map(stream.push, r_pre)), listener)
     ids = context + r_pre
     completion = yield Request(
         name, ids, room, sampling.temperature, sampling.top_p, sampling.top_k, seed, turn, shared
     )
-    act, parser = parse_step(engine.tokenizer, r_pre + completion.token_ids)
+    act, parser = parse_step(engine.tokenizer, r_pre + completion.token_ids, context)
     return completion, act, parser
 
 

@@ -132,7 +132,7 @@ class Run:
     MAY_CHANGE = (
         # how far the run goes, where it stands and what is written of it
         *("iterations", "out", "save_every", "keep", "evaluate"),
-        # speed and memory: up to rounding the result is the same
+        # speed and memory: the result is the same but for rounding, which may now and then turn a sampled token
         *("device", "rank_timeout", "rows", "kv_tokens"),
         *("max_tokens_per_micro_batch", "tree", "gradient_checkpointing"),
     )
@@ -185,6 +185,8 @@ class Run:
 
     def write_trajectories(self, name: str, trajectories: list, tokenizer, **extra: Any) -> None:
         """Add trajectories to a jsonl file: the ledger, and its text to read."""
+        if rank():
+            return
         for trajectory in trajectories:
             self.append(name, {**extra, "text": trajectory.text(tokenizer), **trajectory.to_dict()})
 

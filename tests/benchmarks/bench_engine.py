@@ -249,6 +249,8 @@ def main() -> None:
                         found[which] = json.loads(line)
                     else:
                         print(line, end="", flush=True)
+            if child.returncode:
+                raise SystemExit(f"{which} failed, see above")
     ours = found.get("ours", {})
     for name in names if ours else ():
         for which in found.keys() - {"ours"}:

@@ -27,8 +27,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from thor.attention import use_layout_attention
-from thor.policy import score_tokens
+from thor.policy import prepare, score_tokens
 
 VOCABULARY, TOKENS, PLAIN_TOKENS = 151_936, 16_384, 1_024
 MIB = 2**20
@@ -64,7 +63,7 @@ def child(way: str, tokens: int) -> None:
     for parameter in model.parameters():  # the model's own: weights and gradients, touched so that they are resident
         parameter.grad = torch.ones_like(parameter)
     if way == "ours":
-        use_layout_attention(model)
+        prepare(model)
     before = resident("VmRSS")
     reset_peak()
     start = time.perf_counter()

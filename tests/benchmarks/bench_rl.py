@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts are not part o
 
 import run_rl
 import thor.policy
-from thor.cpu import AVAILABLE, multiply
+from thor.cpu import AVAILABLE, keep_freed_memory, multiply
 from thor.engine import HFEngine, Request
 from thor.policy import checkpoint_gradients, load_policy, policy_parameters, sampling_copy, shard
 from thor.ranks import end_ranks, start_ranks
@@ -322,6 +322,7 @@ def child(model_name: str, name: str, side: str, iterations: int) -> None:
     found["peak_mib"] = round(peak_mib())
     if torch.cuda.is_available():
         found["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    keep_freed_memory()  # for TRL too, whose run is over
     torch_rate = matmul_rate(model, torch.nn.functional.linear)
     onednn = AVAILABLE and model.device.type == "cpu"
     rate = max(torch_rate, matmul_rate(model, multiply)) if onednn else torch_rate
