@@ -152,7 +152,7 @@ class VLLMEngine:
     def drop(self) -> None:
         self.llm.llm_engine.abort_request(list(self.turns))
         self.turns.clear()
-        self.llm.reset_prefix_cache()  # a step that was broken off counts keys and values that it never wrote
+        self._forget_prefixes()  # a step that was broken off counts keys and values that it never wrote
 
     def sleep(self) -> None:
         """On a GPU, give weights and cache back while the trainer works; only `update_weights` wakes the engine."""
@@ -177,9 +177,12 @@ class VLLMEngine:
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache, which holds keys and values of the old weights")
+        self._forget_prefixes()
         self._check_canary()
+
+    def _forget_prefixes(self) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, whose keys and values are not to be sampled from any more")
 
     def _check_canary(self) -> None:
         ids = self.tokenizer.encode(CANARY, add_special_tokens=False)
