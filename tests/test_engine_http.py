@@ -69,7 +69,8 @@ class Server:
                 self.reply(200, {"data": server.models})
 
             def chunk(self, data: bytes) -> None:
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+                parts = [data[i : i + 7] for i in range(0, len(data), 7)]  # a line need not arrive whole
+                self.wfile.write(b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts))
                 self.wfile.flush()
 
             def send(self, token_ids, logps=None, **extra) -> None:
@@ -84,7 +85,7 @@ class Server:
                     self.send_header("Transfer-Encoding", "chunked")
                     self.end_headers()
                     self.headers_sent = True
-                self.chunk(f"data: {json.dumps(value)}\n\n".encode())
+                self.chunk(f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode())  # as vLLM writes it
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -122,6 +123,15 @@ def server(model, monkeypatch):
     server.http.server_close()
 
 
+@pytest.fixture
+def connect(server):
+    """Makes engines of the server, and closes them."""
+    with contextlib.ExitStack() as engines:
+        yield lambda rest="", **options: engines.enter_context(
+            contextlib.closing(HTTPEngine(server.url + rest, **options))
+        )
+
+
 def complete(engine, requests: list[Request]) -> dict:
     for request in requests:
         engine.add(request)
@@ -132,6 +142,24 @@ def complete(engine, requests: list[Request]) -> dict:
     return done
 
 
+def until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def send_on(reply, left: threading.Event) -> None:
+    """Send until the client has left, or for half a minute."""
+    try:
+        for _ in range(6000):
+            reply.send([65], [-0.1])
+            time.sleep(0.005)
+    except OSError:
+        left.set()
+        raise
+
+
 def ids(text: str) -> list[int]:
     return byte_tokenizer().encode(text, add_special_tokens=False)
 
@@ -139,7 +167,7 @@ def ids(text: str) -> list[int]:
 # ---- what is sent and read ------------------------------------------------------------------------------------------
 
 
-def test_ids_go_out_and_ids_come_back(server):
+def test_ids_go_out_and_ids_come_back(server, connect):
     def answer(body, reply):
         reply.send([5], [-0.5])
         reply.send([6, 7], [-0.25, None])
@@ -148,7 +176,7 @@ def test_ids_go_out_and_ids_come_back(server):
         reply.send([END], [-1.0], finish_reason="stop")
 
     server.answer = answer
-    engine = HTTPEngine(server.url + "/v1/", rows=4)
+    engine = connect("/v1/", rows=4)
     assert engine.context == 64 and engine.eos == {END} and engine.model == "tiny"
     request = Request("a", [1, 2, 3], 9, temperature=0.7, top_p=0.9, top_k=20, seed=2**64 - 1)
     done = complete(engine, [request])["a"]
@@ -167,40 +195,47 @@ def test_ids_go_out_and_ids_come_back(server):
     assert body["repetition_penalty"] == 1.0  # else a server takes the one of generation_config.json
 
 
+def test_line_separators_inside_the_text(server, connect):
+    """vLLM's JSON holds them as they are; `str.splitlines` would end a line there."""
+
+    def answer(body, reply):
+        for i, character in enumerate("\u2028\u2029\x85"):
+            reply.send([i], [-0.5], text=f"a{character}b")
+
+    server.answer = answer
+    done = complete(connect(), [Request("a", [1], 3)])["a"]
+    assert done.token_ids == [0, 1, 2] and len(server.bodies) == 1
+
+
 def test_seeds_fit_a_signed_integer():
     assert signed(0) == 0 and signed(2**63 - 1) == 2**63 - 1 and signed(2**64 - 2) == 2**63 - 2 and signed(-1) >= 0
 
 
-def test_the_stop_rule_ends_the_turn_and_the_stream(server):
-    text, left = ids("\n```python\nprint(1)\n```") + ids("\nand on and on"), threading.Event()
+def test_the_stop_rule_ends_the_turn_and_the_stream(server, connect):
+    block, left = ids("\n```python\nprint(1)\n```"), threading.Event()
 
     def answer(body, reply):
-        for i in range(0, len(text), 3):  # the block closes inside a chunk
-            reply.send(text[i : i + 3], [-0.1] * len(text[i : i + 3]))
-        try:
-            for _ in range(200):  # goes on for a second, if nobody leaves
-                reply.send([65], [-0.1])
-                time.sleep(0.005)
-        except OSError:
-            left.set()
-            raise
+        for token in block[:-1]:
+            reply.send([token], [-0.1])
+        reply.send([block[-1], 65], [-0.1, -0.1])  # the block closes inside a chunk
+        send_on(reply, left)
 
     server.answer = answer
-    engine = HTTPEngine(server.url)
+    engine = connect()
     request = Request("a", [1], 60, stop=FenceParser())
     done = complete(engine, [request])["a"]
-    assert done.finish == "stop" and done.token_ids == ids("\n```python\nprint(1)\n```") and request.stop.closed
+    assert done.finish == "stop" and done.token_ids == block and request.stop.closed
     assert len(done.logps) == len(done.token_ids)
     assert left.wait(10)
 
 
-def test_a_turn_ends_at_its_limit_and_the_connection_is_kept(server):
+def test_a_turn_ends_at_its_limit_and_the_connection_is_kept(server, connect):
     def answer(body, reply):
         for i in range(body["max_tokens"]):
             reply.send([i], [-0.1])
 
     server.answer = answer
-    engine = HTTPEngine(server.url, rows=1)
+    engine = connect(rows=1)
     for n in (3, 5):
         done = complete(engine, [Request("a", [1], n)])["a"]
         assert done.finish == "length" and done.token_ids == list(range(n))
@@ -214,19 +249,37 @@ def test_a_turn_ends_at_its_limit_and_the_connection_is_kept(server):
     assert not engine.has_work()
 
 
-def test_many_requests_are_in_flight_but_no_more_than_rows(server):
+@pytest.mark.parametrize("finish", ["eos", "length"])
+def test_a_server_silent_after_the_last_token_holds_up_no_turn(server, connect, monkeypatch, finish):
+    monkeypatch.setattr(engine_vllm, "DRAIN", 0.1, raising=False)
+    go = threading.Event()
+
+    def answer(body, reply):
+        reply.send([5, END if finish == "eos" else 6], [-0.1, -0.2])
+        go.wait(30)
+
+    server.answer = answer
+    engine, start = connect(rows=1), time.monotonic()
+    for name in "ab":  # the second one has the place of the first
+        done = complete(engine, [Request(name, [1], 9 if finish == "eos" else 2)])[name]
+        assert len(done.token_ids) == 2 and done.finish == finish
+    assert time.monotonic() - start < 10 and len(server.bodies) == 2
+    go.set()
+
+
+def test_many_requests_are_in_flight_but_no_more_than_rows(server, connect):
     def answer(body, reply):
         time.sleep(0.05)
         reply.send([*body["prompt"], END], [-0.1] * (1 + len(body["prompt"])))
 
     server.answer = answer
-    engine = HTTPEngine(server.url, rows=5)
+    engine = connect(rows=5)
     done = complete(engine, [Request(str(i), [i], 9) for i in range(20)])
     assert {int(i): c.token_ids for i, c in done.items()} == {i: [i, END] for i in range(20)}
     assert 2 <= server.most_open <= 5
 
 
-def test_step_does_not_wait_for_ever(server):
+def test_step_does_not_wait_for_ever(server, connect):
     go = threading.Event()
 
     def answer(body, reply):
@@ -234,46 +287,39 @@ def test_step_does_not_wait_for_ever(server):
         reply.send([END], [-0.1])
 
     server.answer = answer
-    engine = HTTPEngine(server.url)
+    engine = connect()
     engine.add(Request("a", [1], 4))
     assert engine.step() == [] and engine.has_work()
     go.set()
-    while engine.has_work():
-        done = engine.step()
-    assert done[0].finish == "eos"
+    assert complete(engine, [])["a"].finish == "eos"
 
 
-def test_dropped_requests_are_forgotten(server):
+def test_dropped_requests_are_forgotten(server, connect):
     """One has finished, one is being sampled and one waits for a connection; the server notices."""
     left = threading.Event()
 
     def answer(body, reply):
-        try:
-            while body["prompt"] == [1]:
-                reply.send([65], [-0.1])
-                time.sleep(0.005)
-        except OSError:
-            left.set()
-            raise
+        if body["prompt"] == [1]:
+            send_on(reply, left)
         reply.send(body["prompt"], [-0.1])
 
     server.answer = answer
-    engine = HTTPEngine(server.url, rows=1)
+    engine = connect(rows=1)
     engine.add(Request("finished", [7], 1))
-    while engine.finished.empty():
-        time.sleep(0.001)
+    until(lambda: not engine.finished.empty())
     engine.add(Request("a", [1], 63))
-    while len(server.sent) < 3:
-        time.sleep(0.001)
+    until(lambda: len(server.sent) >= 3)
     engine.add(Request("waits", [1], 63))
     engine.drop()
     assert not engine.has_work() and engine.step() == []
     assert left.wait(10)
     done = complete(engine, [Request(name, [3], 1) for name in ("a", "waits", "finished")])
-    assert [c.token_ids for c in done.values()] == [[3]] * 3 and len(server.bodies) == 5
+    assert [c.token_ids for c in done.values()] == [[3]] * 3
+    # of the dropped ones the last may have been sent, if it got the connection before it was cancelled itself
+    assert [body["prompt"] for body in server.bodies if body["prompt"] != [1]] == [[7], [3], [3], [3]]
 
 
-def test_step_waits_only_if_there_is_nothing_else_to_do(server):
+def test_step_waits_only_if_there_is_nothing_else_to_do(server, connect):
     go, waited = threading.Event(), []
 
     def answer(body, reply):
@@ -281,7 +327,7 @@ def test_step_waits_only_if_there_is_nothing_else_to_do(server):
         reply.send([END], [-0.1])
 
     server.answer = answer
-    engine = HTTPEngine(server.url)
+    engine = connect()
     engine.add(Request("a", [1], 4))
     get = engine.finished.get
     engine.finished.get = lambda block=True, timeout=None: waited.append(block) or get(block, timeout)
@@ -295,29 +341,25 @@ def test_step_waits_only_if_there_is_nothing_else_to_do(server):
     go.set()
 
 
-def test_a_closed_engine_leaves_no_connection_and_no_thread(server, caplog):
+def test_a_closed_engine_leaves_no_connection_and_no_thread(server, connect, caplog, monkeypatch):
     """One request is being sampled, one waits for its next try, and one for a connection."""
     left = threading.Event()
 
     def answer(body, reply):
         if body["prompt"] == [0]:
             return 500
-        try:
-            while True:
-                reply.send([65], [-0.1])
-                time.sleep(0.005)
-        except OSError:
-            left.set()
-            raise
+        send_on(reply, left)
 
     server.answer = answer
-    engine = HTTPEngine(server.url, rows=1)
+    monkeypatch.setattr(engine_vllm, "BACKOFF", 30.0)
+    engine = connect(rows=1)
     for i in range(3):
         engine.add(Request(str(i), [i], 63))
-    while len(server.sent) < 3:
-        time.sleep(0.001)
+    until(lambda: len(server.sent) >= 3)
+    start = time.monotonic()
     engine.close()
     assert not engine.has_work() and not engine.thread.is_alive() and left.wait(10)
+    assert time.monotonic() - start < 10 and [body["prompt"] for body in server.bodies].count([0]) == 1
     engine.close()
     gc.collect()
     assert not caplog.records  # asyncio's, of tasks that were destroyed
@@ -326,7 +368,7 @@ def test_a_closed_engine_leaves_no_connection_and_no_thread(server, caplog):
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_turn_is_tried_again_from_its_start(server):
+def test_a_turn_is_tried_again_from_its_start(server, connect):
     """429, 500, a torn stream and an error inside the stream; the stop rule and the text begin anew each time."""
     block = ids("\n```python\nprint(2)\n```")
 
@@ -345,12 +387,12 @@ def test_a_turn_is_tried_again_from_its_start(server):
         reply.send(block, [-0.5] * len(block))
 
     server.answer = answer
-    done = complete(HTTPEngine(server.url), [Request("a", [1], 60, seed=7, stop=FenceParser())])["a"]
+    done = complete(connect(), [Request("a", [1], 60, seed=7, stop=FenceParser())])["a"]
     assert done.token_ids == block and done.logps == [-0.5] * len(block) and done.finish == "stop"
     assert len(server.bodies) == 5 and all(body == server.bodies[0] for body in server.bodies)
 
 
-def test_a_stream_torn_after_its_last_token_is_whole(server):
+def test_a_stream_torn_after_its_last_token_is_whole(server, connect):
     def answer(body, reply):
         reply.send([1, 2], [-0.1, -0.2])
         reply.wfile.write(b"torn")
@@ -358,11 +400,11 @@ def test_a_stream_torn_after_its_last_token_is_whole(server):
         raise ConnectionResetError
 
     server.answer = answer
-    done = complete(HTTPEngine(server.url), [Request("a", [1], 2)])["a"]
+    done = complete(connect(), [Request("a", [1], 2)])["a"]
     assert done.token_ids == [1, 2] and done.finish == "length" and len(server.bodies) == 1
 
 
-def test_a_stream_that_cannot_be_decoded_is_a_fault_of_the_server(server, monkeypatch):
+def test_a_stream_that_cannot_be_decoded_is_a_fault_of_the_server(server, connect, monkeypatch):
     def answer(body, reply):
         reply.send_response(200)
         reply.send_header("Content-Encoding", "gzip")
@@ -373,11 +415,11 @@ def test_a_stream_that_cannot_be_decoded_is_a_fault_of_the_server(server, monkey
     server.answer = answer
     monkeypatch.setattr(engine_vllm, "TRIES", 2)
     with pytest.raises(ServerError, match="failed 2 times, at last with DecodingError"):
-        complete(HTTPEngine(server.url), [Request("a", [1], 2)])
+        complete(connect(), [Request("a", [1], 2)])
 
 
-def test_faults_that_stay_are_one_line(server, monkeypatch):
-    engine = HTTPEngine(server.url, silence=0.2)
+def test_faults_that_stay_are_one_line(server, connect, monkeypatch):
+    engine = connect(silence=0.2)
     monkeypatch.setattr(engine_vllm, "TRIES", 2)
 
     def fault(answer) -> str:
@@ -417,61 +459,66 @@ def test_faults_that_stay_are_one_line(server, monkeypatch):
         {"choices": [{"token_ids": ["1"], "logprobs": {"token_logprobs": [-0.1]}}]},
         {"choices": [{"token_ids": [1.5], "logprobs": {"token_logprobs": [-0.1]}}]},
         {"choices": [{"token_ids": [-1], "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"token_ids": [2**31], "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"token_ids": [2**40], "logprobs": {"token_logprobs": [-0.1]}}]},
+        {"choices": [{"token_ids": [-1], "text": "\u2028", "logprobs": {"token_logprobs": [-0.1]}}]},
         {"choices": [{"token_ids": 1, "logprobs": {"token_logprobs": [-0.1]}}]},
         {"choices": [{"logprobs": {"token_logprobs": [-0.1]}}]},
     ],
 )
-def test_a_malformed_chunk_is_one_line(server, chunk):
+def test_a_malformed_chunk_is_one_line(server, connect, chunk):
     server.answer = lambda body, reply: reply.event(chunk)
     with pytest.raises(ServerError, match="no token ids with log-probs") as caught:
-        complete(HTTPEngine(server.url), [Request("a", [1], 4, stop=FenceParser())])
-    assert "\n" not in str(caught.value) and len(server.bodies) == 1  # another try would bring the same
+        complete(connect(), [Request("a", [1], 4, stop=FenceParser())])
+    assert len(str(caught.value).splitlines()) == 1 and len(server.bodies) == 1  # another try would bring the same
 
 
-def test_an_error_without_words_is_one_line(server, monkeypatch):
+def test_an_error_without_words_is_one_line(server, connect, monkeypatch):
     monkeypatch.setattr(engine_vllm, "TRIES", 1)
     for error in (None, {"message": None}, {"message": {"a": 1}}, "text"):
         server.answer = lambda body, reply, error=error: reply.event({"error": error})
         with pytest.raises(ServerError, match="failed 1 times"):
-            complete(HTTPEngine(server.url), [Request("a", [1], 4)])
+            complete(connect(), [Request("a", [1], 4)])
 
 
-def test_a_server_that_is_none_is_found_out_at_once(server):
+def test_a_server_that_is_none_is_found_out_at_once(server, connect):
     with pytest.raises(ServerError, match=f"{server.url}: serves tiny, not big$"):
         HTTPEngine(server.url + "#big")
-    assert HTTPEngine(server.url + "#tiny").model == "tiny"
+    assert connect("#tiny").model == "tiny"
     server.models[0]["root"] = "/nowhere/at/all"
     with pytest.raises(ServerError, match="serves /nowhere/at/all, whose tokenizer is needed here"):
-        HTTPEngine(server.url)
+        connect()
     server.models = [{"id": "tiny"}]
     with pytest.raises(ServerError, match="is it vLLM"):
-        HTTPEngine(server.url)
+        connect()
     server.models = {"x": 1}
     with pytest.raises(ServerError, match="not as `vllm serve` does"):
-        HTTPEngine(server.url)
+        connect()
     for url in ("http://127.0.0.1:1", "http://127.0.0.1:port"):
         with pytest.raises(ServerError, match="is `vllm serve` running there"):
             HTTPEngine(url)
 
 
-def test_a_server_keeps_its_weights(server):
+def test_a_server_keeps_its_weights(server, connect):
+    engine = connect()
     with pytest.raises(RuntimeError, match="a server keeps its weights"):
-        HTTPEngine(server.url).update_weights([])
-    HTTPEngine(server.url).sleep()
+        engine.update_weights([])
+    engine.sleep()
 
 
 # ---- from the scripts -----------------------------------------------------------------------------------------------
 
 
 def test_load_engine_reads_the_name(server, model):
-    assert isinstance(load_engine(server.url, "auto", 4), HTTPEngine)
+    with contextlib.closing(load_engine(server.url, "auto", 4)) as engine:
+        assert isinstance(engine, HTTPEngine)
     with pytest.raises(ValueError, match="--device cpu: vLLM chooses its own"):
         load_engine(server.url, "cpu", 4)
     with pytest.raises(RuntimeError, match="no weights"):
         load_engine(f"vllm:{model}", "auto", 4)
 
 
-def test_whole_trajectories_over_http(server, executor):
+def test_whole_trajectories_over_http(server, connect, executor):
     turns = ["Compute.\n```python\nprint(6 * 7)\n```", "\nIt is \\boxed{42}."]
     server.models[0]["max_model_len"] = 4096
 
@@ -481,7 +528,7 @@ def test_whole_trajectories_over_http(server, executor):
         reply.send(tokens, [-0.1] * len(tokens))
 
     server.answer = answer
-    engine = HTTPEngine(server.url, rows=4)
+    engine = connect(rows=4)
     problems = load_problems("synthetic", split="train", limit=6, seed=0)
     for trajectory in solve(engine, executor, problems, Sampling(max_tokens=400)):
         text = trajectory.text(engine.tokenizer)

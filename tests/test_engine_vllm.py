@@ -375,6 +375,17 @@ def test_rl_samples_from_the_weights_that_it_trains(tmp_path):
         assert m["tokens_trajectory"] > 0 and m["logp_unknown"] == 0 and m["mismatch_kl"] < 1e-7, m
 
 
+def test_a_prefix_cache_that_is_kept_is_noticed_by_drop_and_push(training, monkeypatch):
+    engine, model = training
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(RuntimeError, match="kept its prefix cache"):
+        engine.update_weights(model.named_parameters())
+    engine.add(Request("a", [1, 2, 3], 4))
+    with pytest.raises(RuntimeError, match="kept its prefix cache"):
+        engine.drop()
+    assert not engine.has_work()
+
+
 # ---- beside others --------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 Both fulfil the contract of `thor.engine.Engine`: token ids in, token ids out, and a turn ends exactly at the token at
 which the request's stop rule fires. Prefix caching is vLLM's, so `Request.shared` is not needed as a hint. Batch-mates
-change a float's last bits, so a sampled turn is reproducible up to ties that close, not to the bit as with HFEngine.
+change a float's last bits, here as in HFEngine, so with any engine a turn is reproducible up to ties that close.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class VLLMEngine:
     def drop(self) -> None:
         self.llm.llm_engine.abort_request(list(self.turns))
         self.turns.clear()
-        self.llm.reset_prefix_cache()  # a step that was broken off counts keys and values that it never wrote
+        self._forget_prefixes()  # a step that was broken off counts keys and values that it never wrote
 
     def sleep(self) -> None:
         """On a GPU, give weights and cache back while the trainer works; only `update_weights` wakes the engine."""
@@ -177,9 +177,12 @@ class VLLMEngine:
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache, which holds keys and values of the old weights")
+        self._forget_prefixes()
         self._check_canary()
+
+    def _forget_prefixes(self) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, whose keys and values are not to be sampled from any more")
 
     def _check_canary(self) -> None:
         ids = self.tokenizer.encode(CANARY, add_special_tokens=False)
@@ -248,6 +251,7 @@ def _repack_heads(model: torch.nn.Module) -> None:
 # tries of one turn; seconds before the second, doubled before each further one, but never more: two minutes in all
 TRIES, BACKOFF, LONGEST = 9, 0.5, 30.0
 PERIOD = 0.005  # seconds between two looks at what has finished
+DRAIN = 3.0  # seconds for the rest of a stream whose turn is complete
 PASSING = (429, 500, 502, 503, 504)  # statuses that are worth another try
 
 
@@ -327,7 +331,10 @@ class HTTPEngine:
     def sleep(self) -> None: ...  # what it samples with is not this machine's memory
 
     def close(self) -> None:
-        """Drop what is under way and end connections and thread, as the end of the process does. Twice is no harm."""
+        """Drop what is under way and end connections and thread, as the end of the process does.
+
+        Calling it twice does no harm.
+        """
         if self.loop.is_closed():
             return
         self.drop()
@@ -389,11 +396,12 @@ class HTTPEngine:
             try:
                 async with self.slots, self.client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
                     if response.status_code == 200:
-                        lines = response.aiter_lines()
+                        lines = _lines(response)
                         completion, fault = await self._read(lines, turn)
                         if completion and completion.finish != "stop":
-                            async for _ in lines:  # to its end, which is near: the connection serves the next turn
-                                pass
+                            with contextlib.suppress(asyncio.TimeoutError):
+                                # to its end, which is near: the connection serves the next turn
+                                await asyncio.wait_for(_drain(lines), DRAIN)
                     else:
                         fault = f"{response.status_code}: {_message(await response.aread())}"
                         if response.status_code not in PASSING:
@@ -407,24 +415,43 @@ class HTTPEngine:
                 break
         raise ServerError(f"{self.url}: request {request.id} failed {attempt + 1} times, at last with {fault}")
 
-    async def _read(self, lines: AsyncIterator[str], turn: OpenTurn) -> tuple[Completion | None, str]:
+    async def _read(self, lines: AsyncIterator[bytes], turn: OpenTurn) -> tuple[Completion | None, str]:
         """Feed the stream to the turn: its completion, or why there is none. Left unread, the server aborts it."""
         async for line in lines:
-            if not line.startswith("data: {"):
+            if not line.startswith(b"data: {"):
                 continue
+            data = line.removeprefix(b"data: ")
             try:
-                chunk = json.loads(line.removeprefix("data: "))
+                chunk = json.loads(data)
                 if "error" in chunk:
-                    return None, _message(line.removeprefix("data: ").encode())
+                    return None, _message(data)
                 sampled = _sampled(chunk)
             except (ValueError, KeyError, TypeError) as error:
                 raise ServerError(
-                    f"{self.url}: sent no token ids with log-probs; is it a vLLM with `return_token_ids`? {line[:200]}"
+                    f"{self.url}: sent no token ids with log-probs; is it a vLLM with `return_token_ids`? "
+                    + _message(data)
                 ) from error
             for token, logp in sampled:
                 if completion := turn.push(token, logp):
                     return completion, ""
         return None, "the stream ended early"
+
+
+async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
+    """Lines of a stream; one that its end cuts off is left out.
+
+    `response.aiter_lines` would split at U+0085, U+2028 and U+2029 too, which vLLM writes as they are inside strings.
+    """
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line
+
+
+async def _drain(lines: AsyncIterator[bytes]) -> None:
+    async for _ in lines:
+        pass
 
 
 def _sampled(chunk: dict) -> list[tuple[int, float | None]]:
@@ -434,7 +461,8 @@ def _sampled(chunk: dict) -> list[tuple[int, float | None]]:
         if choice["token_ids"] != []:  # beside none, log-probs may be null
             pairs += zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
     for token, logp in pairs:
-        if type(token) is not int or token < 0 or not isinstance(logp, (float, int, type(None))):
+        known = type(token) is int and 0 <= token < 2**31  # a greater one overflows in the tokenizer
+        if not known or not isinstance(logp, (float, int, type(None))):
             raise TypeError(f"token {token} with log-prob {logp}")
     return pairs
 
