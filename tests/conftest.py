@@ -111,6 +111,27 @@ def executor():
         yield ex
 
 
+def complete(engine, requests: list[Request]) -> dict[str, Completion]:
+    """The turns of these requests, and of those that the engine had already."""
+    for request in requests:
+        engine.add(request)
+    completions: dict[str, Completion] = {}
+    while engine.has_work():
+        for completion in engine.step():
+            assert completion.id not in completions
+            completions[completion.id] = completion
+    return completions
+
+
+def interrupt(module: torch.nn.Module):
+    """Have forward passes of `module` broken off, until the hook that comes back is removed."""
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    return module.register_forward_pre_hook(broken)
+
+
 class ScriptedEngine:
     """An engine whose turns are written by `reply(request, turn) -> text`; None in place of EOS ends at 'length'.
 

@@ -8,7 +8,16 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, ScriptedExecutor, byte_tokenizer, tiny_llama, tiny_model, tiny_settings
+from conftest import (
+    FAMILIES,
+    ScriptedExecutor,
+    byte_tokenizer,
+    complete,
+    interrupt,
+    tiny_llama,
+    tiny_model,
+    tiny_settings,
+)
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -38,15 +47,6 @@ def talkative_model(tokenizer):
     with torch.no_grad():
         model.get_input_embeddings().weight[[tokenizer.convert_tokens_to_ids(w) for w in WORDS]] *= 4
     return model
-
-
-def complete(engine: HFEngine, requests: list[Request]) -> dict:
-    for request in requests:
-        engine.add(request)
-    completions = {}
-    while engine.has_work():
-        completions.update({c.id: c for c in engine.step()})
-    return completions
 
 
 def random_prompts(count: int, vocabulary: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
@@ -378,10 +378,7 @@ def test_what_a_broken_step_did_not_compute_is_not_taken_for_cached(tokenizer):
     engine.eos, prompt = set(), list(range(100))
     requests = [Request(str(i), [*prompt, i], 5, temperature=0, shared=100) for i in range(2)]
 
-    def broken(module, args, kwargs):
-        raise KeyboardInterrupt
-
-    hook = engine.model.base_model.register_forward_pre_hook(broken, with_kwargs=True)
+    hook = interrupt(engine.model.base_model)
     with pytest.raises(KeyboardInterrupt):
         complete(engine, requests)
     hook.remove()

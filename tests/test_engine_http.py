@@ -149,6 +149,18 @@ def until(condition) -> None:
         time.sleep(0.001)
 
 
+def hold(server) -> threading.Event:
+    """Have the server answer with END, once the event is set."""
+    go = threading.Event()
+
+    def answer(body, reply):
+        go.wait(30)
+        reply.send([END], [-0.1])
+
+    server.answer = answer
+    return go
+
+
 def send_on(reply, left: threading.Event) -> None:
     """Send until the client has left, or for half a minute."""
     try:
@@ -280,14 +292,7 @@ def test_many_requests_are_in_flight_but_no_more_than_rows(server, connect):
 
 
 def test_step_does_not_wait_for_ever(server, connect):
-    go = threading.Event()
-
-    def answer(body, reply):
-        go.wait(30)
-        reply.send([END], [-0.1])
-
-    server.answer = answer
-    engine = connect()
+    go, engine = hold(server), connect()
     engine.add(Request("a", [1], 4))
     assert engine.step() == [] and engine.has_work()
     go.set()
@@ -320,14 +325,7 @@ def test_dropped_requests_are_forgotten(server, connect):
 
 
 def test_step_waits_only_if_there_is_nothing_else_to_do(server, connect):
-    go, waited = threading.Event(), []
-
-    def answer(body, reply):
-        go.wait(30)
-        reply.send([END], [-0.1])
-
-    server.answer = answer
-    engine = connect()
+    go, engine, waited = hold(server), connect(), []
     engine.add(Request("a", [1], 4))
     get = engine.finished.get
     engine.finished.get = lambda block=True, timeout=None: waited.append(block) or get(block, timeout)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
+from conftest import byte_tokenizer, complete, interrupt, tiny_llama
 
 import run_rl
 import thor.rollout
@@ -76,17 +76,6 @@ def caller_state() -> dict:
         "threads": (torch.get_num_threads(), torch.set_num_threads),
         "inherited": [os.environ.get(name) for name in ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE")],
     }
-
-
-def complete(engine, requests: list[Request]) -> dict:
-    for request in requests:
-        engine.add(request)
-    completions = {}
-    while engine.has_work():
-        for completion in engine.step():
-            assert completion.id not in completions
-            completions[completion.id] = completion
-    return completions
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -262,10 +251,7 @@ def test_what_a_broken_step_did_not_compute_is_not_taken_for_cached(engine):
     engine, model = engine
     requests = [Request(str(i), [*range(100), i], 6, seed=i) for i in range(3)]
 
-    def broken(*_):
-        raise KeyboardInterrupt
-
-    [hook] = engine.llm.apply_model(lambda module: module.register_forward_pre_hook(broken))
+    [hook] = engine.llm.apply_model(interrupt)
     with pytest.raises(KeyboardInterrupt):
         complete(engine, requests)
     hook.remove()

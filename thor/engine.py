@@ -270,7 +270,8 @@ class HFEngine:
                 mine = None  # the same id, another text: what it shares with others is worth more
             prefix = mine.prefix if mine else self._prefix(request, wanted)
             offset = len(prefix.token_ids) if prefix else 0
-            length = len(ids) - offset + request.room(self.context)
+            room = request.room(self.context)
+            length = len(ids) - offset + room
 
             def worth(row: Row, own: Row | None = mine) -> float:
                 return math.inf if row.running else row.used + (row.request.id in wanted) * 2**30 + (row is own) * 2**40
@@ -287,7 +288,7 @@ class HFEngine:
                 cached = min(common_prefix(kept, ids[offset:]), len(ids) - 1 - offset)
             if prefix:
                 prefix.used = self.clock
-            turn = OpenTurn(request, request.room(self.context), self.eos, self.tokenizer)
+            turn = OpenTurn(request, room, self.eos, self.tokenizer)
             rows.items[at] = Row(turn, prefix, list(ids), cached, used=self.clock)
             self.queue.popleft()
         self.sharers.clear()
@@ -298,8 +299,9 @@ class HFEngine:
         for prefix in prefixes.items:
             if prefix and prefix.token_ids == ids:
                 return prefix
-        others = len(self.sharers[hash(ids)]) > 1 or any(row and _shared(row.request) == ids for row in self.rows.items)
-        if not ids or not others or len(ids) > prefixes.tokens:
+        if not ids or len(ids) > prefixes.tokens:
+            return None
+        if len(self.sharers[hash(ids)]) < 2 and not any(r and _shared(r.request) == ids for r in self.rows.items):
             return None
         running, waiting = set(), set()
         for row in self.rows.items:
@@ -316,16 +318,15 @@ class HFEngine:
         prefixes.items[at] = new = Prefix(ids)
         gone = {id(prefix) for prefix in before} - {id(prefix) for prefix in prefixes.items}
         self.rows.items = [None if row and id(row.prefix) in gone else row for row in self.rows.items]
-        self._copy_known(new, at)
+        self._copy_known(new)
         return new
 
-    def _copy_known(self, new: Prefix, at: int) -> None:
+    def _copy_known(self, new: Prefix) -> None:
         """Copy what stands elsewhere: a step sampled anew begins like its trajectory, a prompt like other prompts.
 
         As far as it still stands there: with more trajectories than rows, most have made way by then.
         """
         rows, prefixes = self.rows, self.prefixes
-        slot_of = {id(prefix): slot for slot, prefix in enumerate(prefixes.items) if prefix}
 
         def known(row: Row) -> int:
             ready = row.prefix is None or not row.prefix.pending
@@ -334,9 +335,9 @@ class HFEngine:
         sources = [(common_prefix(p.token_ids[: p.cached], new.token_ids), p, None) for p in prefixes.items if p]
         sources += [(known(row), row.prefix, slot) for slot, row in enumerate(rows.items) if row]
         new.cached, prefix, slot = max(sources, key=lambda source: source[0])
-        shared = min(new.cached, len(prefix.token_ids) if prefix else 0)
+        at, shared = prefixes.items.index(new), min(new.cached, len(prefix.token_ids) if prefix else 0)
         if shared:
-            prefixes.copy(at, 0, prefixes, slot_of[id(prefix)], shared)
+            prefixes.copy(at, 0, prefixes, prefixes.items.index(prefix), shared)
         if new.cached > shared:
             prefixes.copy(at, shared, rows, slot, new.cached - shared)
 
@@ -345,13 +346,13 @@ class HFEngine:
         chunks, budget = [], self.prefill_tokens
         slot_of = {id(prefix): slot for slot, prefix in enumerate(self.prefixes.items)}
         pending: list[Prefix] = []
-        for slot, prefix in enumerate(self.prefixes.items):
+        for prefix in self.prefixes.items:
             if prefix and prefix.pending:
                 if not prefix.begun:
                     worth = prefix.cached + WORTH_A_STEP
                     if any(common_prefix(other.token_ids, prefix.token_ids) >= worth for other in pending):
                         continue  # later it copies what the other one has by then
-                    self._copy_known(prefix, slot)
+                    self._copy_known(prefix)
                     prefix.begun = True
                 pending.append(prefix)
         for prefix in pending:

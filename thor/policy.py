@@ -45,6 +45,8 @@ from thor.runlog import Run, UserError, write_atomic
 DEMO_MODEL = "smollm2-135m"
 LOGITS = 1 << 26  # logits that exist at once; in float32 they take 256 MiB
 CACHED = 1 << 22  # of them, those that a CPU passes over at a time; in float32 they take 16 MiB
+# of a function: keep its arguments, and compute it again in the backward pass; there is no dropout to repeat
+recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0, in the CPU's memory
 
 
@@ -142,7 +144,7 @@ def add_value_head(model: PreTrainedModel) -> None:
 def checkpoint_gradients(model: PreTrainedModel) -> None:
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, a third more time."""
     for layer in decoder_layers(model):  # transformers' own switch works only in training mode, which has dropout
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(recompute, layer.forward)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -289,13 +291,12 @@ def _score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temp
     def project(states: torch.Tensor, targets: torch.Tensor):
         return _LogProb.apply(head(states), targets, temperature)
 
-    again = partial(checkpoint, project, use_reentrant=False, preserve_rng_state=False)
     # one chunk even if nothing is scored: on many ranks every parameter needs a gradient on each of them
     starts = range(0, max(1, len(pairs)), chunk)
     parts = []
     for i in starts:
         # the last chunk's logits are the first that the backward pass needs: they stay, the others are computed again
-        compute = project if i == starts[-1] else again
+        compute = project if i == starts[-1] else partial(recompute, project)
         parts.append(compute(hidden[states[i : i + chunk]], targets[i : i + chunk]))
     logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
     return logp, entropy, value_head(hidden[states]).float() if value_head else None
@@ -434,7 +435,7 @@ def save_checkpoint(
         newer = there.index(path) + 1  # later numbers are left of a run that was killed before they were linked
         for other in there[: max(0, newer - keep)] + there[newer:]:
             other.unlink()
-    gather(None)  # a rank that went on and then failed would have torchrun end rank 0 in here
+    meet()  # a rank that went on and then failed would have torchrun end rank 0 in here
 
 
 def restore(run: Run, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict:
