@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from thor.data import load_problems
+from thor.engines import load_engine
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
-from thor.executor import Executor
-from thor.fences import FenceParser, extract_answer
-from thor.policy import load_engine
 from thor.rollout import Sampling, solve
-from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors
+from thor.run_folder import Run
+from thor.sandbox import Executor
+from thor.settings import UserError, at_least, parse_settings, run_main, user_errors
+from thor.text import FenceParser, extract_answer
 from thor.trajectory import Problem, Trajectory
 
 

@@ -40,33 +40,33 @@ import torch
 from tqdm import tqdm
 
 from thor.data import load_problems
-from thor.engine import HFEngine
-from thor.engine_vllm import VLLMEngine
+from thor.distributed import all_reduce_sum, barrier, gather, rank, start_ranks, workers, world_size
+from thor.engines import HFEngine, VLLMEngine
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, grade, held_out, table
-from thor.executor import Executor
-from thor.policy import (
-    MAX_SKIPPED,
-    Scores,
+from thor.rollout import Sampling, derive_seed, drive, regenerate_step, solve
+from thor.run_folder import Run
+from thor.sandbox import Executor
+from thor.settings import UserError, at_least, parse_settings, run_main, user_errors
+from thor.training.model import (
     add_value_head,
     checkpoint_gradients,
-    dump_skipped,
-    load_policy,
+    load_model,
     model_source,
-    not_finite,
-    optimizer_step,
     policy_parameters,
-    rank_batches,
-    restore,
     sampling_copy,
-    save_checkpoint,
-    save_policy,
-    score_text,
-    score_tokens,
+    save_model,
     shard,
 )
-from thor.ranks import add_up, gather, meet, rank, start_ranks, workers, world_size
-from thor.rollout import Sampling, derive_seed, drive, regenerate_step, solve
-from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors
+from thor.training.scoring import Scores, score_text, score_tokens
+from thor.training.trainer import (
+    MAX_SKIPPED,
+    dump_skipped,
+    not_finite,
+    optimizer_step,
+    rank_batches,
+    restore,
+    save_checkpoint,
+)
 from thor.trajectory import Problem, Step, Trajectory
 
 
@@ -382,7 +382,7 @@ def update(model, optimizer, examples: list[Example], settings: Settings) -> dic
         settings.temperature,
         settings.tree,
     )
-    sums = add_up(sums)
+    sums = all_reduce_sum(sums)
     tokens = max(1, counts.trajectory + counts.step)
     per_token = {"clipped": "clip_fraction", "ratio": "ratio", "entropy": "entropy", "mismatch_kl": "mismatch_kl"}
     if settings.estimator == "ppo":
@@ -670,7 +670,7 @@ def main(argv: list[str] | None = None) -> None:
         problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
     with Executor(workers=workers(), timeout=settings.timeout) as executor:
         with user_errors():
-            model, tokenizer = load_policy(settings.model, device)
+            model, tokenizer = load_model(settings.model, device)
             if settings.sampler == "vllm":
                 engine = VLLMEngine(model_source(settings.model), settings.rows, score=partial(score_text, model))
             else:
@@ -678,11 +678,11 @@ def main(argv: list[str] | None = None) -> None:
             run.start()
         train(model, tokenizer, engine, executor, problems, run, settings)
         with run.whole_folder("final") as folder:
-            save_policy(model, tokenizer, folder)
+            save_model(model, tokenizer, folder)
         print(f"model in {run / 'final'}")
         if settings.evaluate:
             engine.update_weights(policy_parameters(model))
-            meet()
+            barrier()
             if rank() == 0:
                 summary, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after RL")
                 run.write_json("eval.json", summary)

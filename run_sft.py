@@ -19,29 +19,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from thor.engine import HFEngine
+from thor.demo.model import DEMO_MODEL
+from thor.distributed import barrier, rank, start_ranks, workers
+from thor.engines import HFEngine
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
-from thor.executor import Executor
-from thor.fences import encode
-from thor.policy import (
-    DEMO_MODEL,
-    MAX_SKIPPED,
-    checkpoint_gradients,
-    dump_skipped,
-    load_policy,
-    not_finite,
-    optimizer_step,
-    policy_parameters,
-    restore,
-    sampling_copy,
-    save_checkpoint,
-    save_policy,
-    shard,
-)
 from thor.prompts import render_prompt
-from thor.ranks import meet, rank, start_ranks, workers
 from thor.rollout import derive_seed
-from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors
+from thor.run_folder import Run
+from thor.sandbox import Executor
+from thor.settings import UserError, at_least, parse_settings, run_main, user_errors
+from thor.text import encode
+from thor.training.model import checkpoint_gradients, load_model, policy_parameters, sampling_copy, save_model, shard
+from thor.training.trainer import MAX_SKIPPED, dump_skipped, not_finite, optimizer_step, restore, save_checkpoint
 from thor.trajectory import Problem, Trajectory
 
 
@@ -183,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         at_least(settings, epochs=1, batch=1, max_tokens_per_micro_batch=1, save_every=1, keep=1)
         if not Path(settings.data).is_file():  # said before the model is loaded
             raise UserError(f"--data {settings.data}: no such file; run_tirgen.py writes it")
-        model, tokenizer = load_policy(settings.model, device)
+        model, tokenizer = load_model(settings.model, device)
         everything = load_trajectories(settings.data, tokenizer)
         rows = [t for t in everything if len(t.prompt_ids) + len(t) <= settings.max_length]
         if not rows:
@@ -202,11 +191,11 @@ def main(argv: list[str] | None = None) -> None:
             engine.sleep()
         train(model, sequences, scored, run, settings)
         with run.whole_folder("final") as folder:
-            save_policy(model, tokenizer, folder)
+            save_model(model, tokenizer, folder)
         print(f"model in {run / 'final'}")
         if engine:
             engine.update_weights(policy_parameters(model))
-            meet()
+            barrier()
             if rank() == 0:
                 after, trajectories = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after SFT")
                 run.rewind("trajectories.jsonl", lambda record: False)

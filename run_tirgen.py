@@ -22,10 +22,8 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from thor.data import load_problems
-from thor.engine import Request
-from thor.executor import Executor
-from thor.fences import FenceParser, decode, encode, extract_answer
-from thor.policy import DEMO_MODEL, load_engine
+from thor.demo.model import DEMO_MODEL
+from thor.engines import Request, load_engine
 from thor.prompts import (
     ACTOR_INSTRUCT,
     CRITIC_INSTRUCT,
@@ -35,7 +33,10 @@ from thor.prompts import (
     tir_step,
 )
 from thor.rollout import Ask, derive_seed, drive
-from thor.runlog import Run, UserError, at_least, parse_settings, run_main, user_errors, write_atomic
+from thor.run_folder import Run, write_atomic
+from thor.sandbox import Executor
+from thor.settings import UserError, at_least, parse_settings, run_main, user_errors
+from thor.text import FenceParser, decode, encode, extract_answer
 from thor.trajectory import Problem
 from thor.verify import verify
 

@@ -24,9 +24,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from thor.engine import Completion, Request
-from thor.executor import Executor
-from thor.fences import TextStream
+from thor.engines import Completion, Request
+from thor.sandbox import Executor
+from thor.text import TextStream
 from thor.trajectory import ExecResult
 
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other

@@ -18,7 +18,7 @@ import time
 import warnings
 from pathlib import Path
 
-from thor.executor import Executor
+from thor.sandbox import Executor
 
 TIMEOUT = 0.8
 ANY = ("ok", "error", "no_output", "timeout", "memory", "blocked")  # everything but 'infra'
@@ -134,7 +134,7 @@ refused("xattr", "import os\nos.setxattr('VICTIM', 'user.x', b'1')")
 refused("write_shared_memory_folder", "open('/dev/shm/thor-new', 'w').write('x')")
 refused("patch_a_library", "import os\nopen(os.__file__, 'a').write('#')")
 refused("poison_bytecode", "import os, importlib.util as u\nopen(u.cache_from_source(os.__file__), 'wb').write(b'x')")
-refused("import_the_library", "import thor.executor\nprint(thor)")
+refused("import_the_library", "import thor.sandbox.executor\nprint(thor)")
 disk = "i = 0\nwhile True:\n    with open(str(i), 'wb') as file:\n        file.write(bytes(2**24))\n    i += 1"
 hostile("fill_the_disk", disk, ("error", "timeout"), "")
 files = "i = 0\nwhile True:\n    open(str(i), 'w').close()\n    i += 1"

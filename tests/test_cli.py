@@ -14,7 +14,8 @@ from conftest import byte_tokenizer, tiny_llama
 
 from run_infer import Printer, lineage
 from thor.evaluation import bootstrap_interval, summarize, table
-from thor.runlog import Run, UserError, parse_settings
+from thor.run_folder import Run
+from thor.settings import UserError, parse_settings
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
 ROOT = Path(__file__).parent.parent

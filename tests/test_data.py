@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thor.data import BENCHMARKS, FAMILIES, Problem, load_problems
+from thor.data import BENCHMARKS, Problem, load_problems
+from thor.demo.problems import FAMILIES
 from thor.verify import verify
 
 # ---- files ----

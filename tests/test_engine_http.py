@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from conftest import byte_tokenizer, tiny_llama
 
-from thor import engine_vllm
 from thor.data import load_problems
-from thor.engine import Request
-from thor.engine_vllm import HTTPEngine, ServerError, signed
-from thor.fences import FenceParser
-from thor.policy import load_engine
+from thor.engines import HTTPEngine, Request, ServerError, load_engine
+from thor.engines import http as engine_http
+from thor.engines.base import signed
 from thor.rollout import Sampling, solve
+from thor.text import FenceParser
 
 ROOT = Path(__file__).parent.parent
 END = 256  # <|end|> of the byte-level tokenizer
@@ -116,7 +115,7 @@ class Server:
 
 @pytest.fixture
 def server(model, monkeypatch):
-    monkeypatch.setattr(engine_vllm, "BACKOFF", 0.01)
+    monkeypatch.setattr(engine_http, "BACKOFF", 0.01)
     server = Server(model)
     yield server
     server.http.shutdown()
@@ -263,7 +262,7 @@ def test_a_turn_ends_at_its_limit_and_the_connection_is_kept(server, connect):
 
 @pytest.mark.parametrize("finish", ["eos", "length"])
 def test_a_server_silent_after_the_last_token_holds_up_no_turn(server, connect, monkeypatch, finish):
-    monkeypatch.setattr(engine_vllm, "DRAIN", 0.1)
+    monkeypatch.setattr(engine_http, "DRAIN", 0.1)
     go, held_up = threading.Event(), []
 
     def answer(body, reply):
@@ -349,7 +348,7 @@ def test_a_closed_engine_leaves_no_connection_and_no_thread(server, connect, cap
         send_on(reply, left)
 
     server.answer = answer
-    monkeypatch.setattr(engine_vllm, "BACKOFF", 30.0)
+    monkeypatch.setattr(engine_http, "BACKOFF", 30.0)
     engine = connect(rows=1)
     for i in range(3):
         engine.add(Request(str(i), [i], 63))
@@ -411,14 +410,14 @@ def test_a_stream_that_cannot_be_decoded_is_a_fault_of_the_server(server, connec
         reply.wfile.write(b"plain")
 
     server.answer = answer
-    monkeypatch.setattr(engine_vllm, "TRIES", 2)
+    monkeypatch.setattr(engine_http, "TRIES", 2)
     with pytest.raises(ServerError, match="failed 2 times, at last with DecodingError"):
         complete(connect(), [Request("a", [1], 2)])
 
 
 def test_faults_that_stay_are_one_line(server, connect, monkeypatch):
     engine = connect(silence=0.2)
-    monkeypatch.setattr(engine_vllm, "TRIES", 2)
+    monkeypatch.setattr(engine_http, "TRIES", 2)
 
     def fault(answer) -> str:
         server.answer = answer
@@ -433,7 +432,7 @@ def test_faults_that_stay_are_one_line(server, connect, monkeypatch):
     assert len(server.bodies) == before + 1  # no second try: it would be refused again
     assert "no token ids" in fault(lambda body, reply: reply.send(None))
     assert "the stream ended early" in fault(lambda body, reply: reply.send([1], [-0.1]))
-    monkeypatch.setattr(engine_vllm, "TRIES", 3)
+    monkeypatch.setattr(engine_http, "TRIES", 3)
     before = len(server.bodies)
     assert "failed 2 times, at last with ReadTimeout" in fault(lambda body, reply: time.sleep(1))
     assert len(server.bodies) == before + 2
@@ -472,7 +471,7 @@ def test_a_malformed_chunk_is_one_line(server, connect, chunk):
 
 
 def test_an_error_without_words_is_one_line(server, connect, monkeypatch):
-    monkeypatch.setattr(engine_vllm, "TRIES", 1)
+    monkeypatch.setattr(engine_http, "TRIES", 1)
     for error in (None, {"message": None}, {"message": {"a": 1}}, "text"):
         server.answer = lambda body, reply, error=error: reply.event({"error": error})
         with pytest.raises(ServerError, match="failed 1 times"):

@@ -21,15 +21,15 @@ from conftest import byte_tokenizer, complete, interrupt, tiny_llama
 
 import run_rl
 import thor.rollout
-from thor import engine_vllm
 from thor.data import load_problems
-from thor.demo_model import ModelError, demo_model
-from thor.engine import HFEngine, Request
-from thor.engine_vllm import HTTPEngine, ServerError, VLLMEngine
-from thor.fences import FenceParser, TextStream, decode, encode
-from thor.policy import load_policy, score_text, score_tokens
+from thor.demo.model import ModelError, demo_model
+from thor.engines import HFEngine, HTTPEngine, Request, ServerError, VLLMEngine
+from thor.engines import vllm as engine_vllm
 from thor.prompts import few_shot_actor
 from thor.rollout import Sampling, solve
+from thor.text import FenceParser, TextStream, decode, encode
+from thor.training.model import load_model
+from thor.training.scoring import score_text, score_tokens
 from thor.trajectory import Trajectory
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -46,7 +46,7 @@ def saved(folder: Path, tied: bool = False, seed: int = 0):
     tokenizer = byte_tokenizer(WORDS)
     tiny_llama(tokenizer, seed=seed, tie_word_embeddings=tied, **SHAPE).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return load_policy(str(folder), "cpu")[0]
+    return load_model(str(folder), "cpu")[0]
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
@@ -394,7 +394,7 @@ sys.path.insert(0, "tests")
 from test_engine_vllm import *
 dist.init_process_group("gloo")
 folder, rank = sys.argv[1], dist.get_rank()
-model = load_policy(folder, "cpu")[0]
+model = load_model(folder, "cpu")[0]
 engine = VLLMEngine(folder, rows=4, score=partial(score_text, model))
 assert dist.get_world_size() == 2
 done = complete(engine, [Request("a", [1, 2, 3], 8 + 8 * rank, seed=rank)])["a"]  # unequal work: no rank waits
@@ -442,7 +442,7 @@ def folder():
 @pytest.fixture(scope="module")
 def demo(folder):
     """(trainer's model, HFEngine on it)."""
-    model, tokenizer = load_policy(folder, "cpu")
+    model, tokenizer = load_model(folder, "cpu")
     return model, HFEngine(model, tokenizer)
 
 

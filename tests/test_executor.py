@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from thor import executor as module
-from thor.executor import LAYERS, OUTPUT_CAP, Executor
+from thor.sandbox import Executor
+from thor.sandbox import executor as module
+from thor.sandbox.executor import LAYERS, OUTPUT_CAP
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -224,7 +225,7 @@ def test_nothing_grows():
 
 CALLER = """
 import os, signal, sys, time
-from thor.executor import Executor
+from thor.sandbox import Executor
 ex = Executor(workers=2, timeout=60, preload=())
 ex.submit("while True: pass")
 if sys.argv[1] == "fork":  # a process that outlives the caller and has copies of its descriptors
@@ -257,7 +258,7 @@ def test_end_of_the_caller_leaves_nothing(how):
                     found += mark in path.read_text()
             return found
 
-        assert "zygote.main()" in mark
+        assert "server.main()" in mark
         process.stdout.close()
     assert wait_until(lambda: left() == 0)
 

@@ -7,7 +7,7 @@ import torch
 from conftest import FAMILIES, byte_tokenizer, tiny_model
 from torch import nn
 
-from thor.cpu import AVAILABLE, OneDNNLinear, keep_less, pack, unpack, use_onednn
+from thor.fast_cpu import AVAILABLE, OneDNNLinear, keep_less, pack, unpack, use_onednn
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="oneDNN serves linear layers on x86 CPUs alone")
 
@@ -135,7 +135,7 @@ def test_only_an_mlp_that_computes_the_same_keeps_less(scale, limit, bias, lean)
 
 
 def test_a_wide_layer_has_its_gradient_computed_in_parts(monkeypatch):
-    monkeypatch.setattr("thor.cpu.MANY", 20)
+    monkeypatch.setattr("thor.fast_cpu.MANY", 20)
     plain, ours = pair(12, 70, False)
     x = torch.randn(2, 9, 12)
     for layer in (plain, ours):

@@ -11,10 +11,10 @@ from conftest import byte_tokenizer, tiny_llama
 
 from run_rl import IMPROPER, Settings, train
 from run_sft import sft_loss, to_ledger
-from thor.engine import HFEngine
-from thor.policy import optimizer_step
+from thor.engines import HFEngine
 from thor.prompts import observation_text
-from thor.runlog import Run
+from thor.run_folder import Run
+from thor.training.trainer import optimizer_step
 from thor.trajectory import ExecResult, Problem
 
 GOOD, BAD = "\n```python\nprint(4)\n```\n", "\n```python\nprint(x)\n```\n"

@@ -40,20 +40,13 @@ from run_rl import (
     value_loss,
 )
 from run_sft import sft_loss
-from thor import policy
 from thor.attention import Tree
-from thor.engine import HFEngine
-from thor.policy import (
-    _LogProb,
-    add_value_head,
-    checkpoint_gradients,
-    distinct_tokens,
-    micro_batches,
-    optimizer_step,
-    prepare,
-    score_tokens,
-)
+from thor.engines import HFEngine
 from thor.rollout import Sampling, solve
+from thor.training import scoring
+from thor.training.model import add_value_head, checkpoint_gradients, prepare
+from thor.training.scoring import _LogProb, score_tokens
+from thor.training.trainer import distinct_tokens, micro_batches, optimizer_step
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
 PROBLEM = Problem("p", "?", "4")
@@ -396,7 +389,7 @@ def test_only_the_states_that_predict_action_tokens_have_logits(tokenizer):
 @pytest.mark.parametrize("tree", [True, False])
 def test_only_action_tokens_are_paired_with_the_states_before_them(tokenizer, monkeypatch, tree):
     """No prompt, observation, prefix or pad position predicts anything, and none is a target."""
-    found, score = Counter(), policy._score_pairs
+    found, score = Counter(), scoring._score_pairs
 
     def watched(model, layout, pairs, *args):
         for place, target in pairs.tolist():
@@ -404,7 +397,7 @@ def test_only_action_tokens_are_paired_with_the_states_before_them(tokenizer, mo
             found[(*(layout.token_ids[i] for i in index[: index.index(place) + 1]), target)] += 1
         return score(model, layout, pairs, *args)
 
-    monkeypatch.setattr(policy, "_score_pairs", watched)
+    monkeypatch.setattr(scoring, "_score_pairs", watched)
     gradient(tiny_llama(tokenizer), examples(), Settings(max_tokens_per_micro_batch=25, tree=tree))
     expected = Counter()  # the text up to each action token and with it, read off the ledgers
     for trajectory in (e.trajectory for e in examples()):
@@ -429,7 +422,7 @@ def test_labels_of_all_but_action_tokens_may_be_anything(tokenizer, monkeypatch,
     assert len(true) == len(batch) and all(list(labels) != ids for labels, ids in true.items())
     model = tiny_llama(tokenizer)
     prepare(model)
-    monkeypatch.setattr(policy, "Tree", lambda rows, share: Tree([true[tuple(row)] for row in rows], share=share))
+    monkeypatch.setattr(scoring, "Tree", lambda rows, share: Tree([true[tuple(row)] for row in rows], share=share))
     vector, same = gradient(model, batch, settings)
     assert_close(whole, vector)
     assert same == pytest.approx(metrics, rel=1e-4, abs=1e-5)

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 
 import thor.rollout
 from thor.data import load_problems
-from thor.demo_model import ModelError, demo_model
-from thor.engine import HFEngine, Request
-from thor.fences import encode
-from thor.policy import load_policy, score_tokens
+from thor.demo.model import ModelError, demo_model
+from thor.engines import HFEngine, Request
 from thor.prompts import few_shot_actor, render_prompt
 from thor.rollout import Sampling, solve
+from thor.text import encode
+from thor.training.model import load_model
+from thor.training.scoring import score_tokens
 
 COUNT = 24
 
@@ -38,7 +39,7 @@ def folder():
 
 def test_batched_greedy_equals_generate_one_prompt_at_a_time(folder):
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model, tokenizer = load_policy(str(folder), "cpu")
+    model, tokenizer = load_model(str(folder), "cpu")
     problems = load_problems("synthetic", limit=32)
     prompts = []
     for i, problem in enumerate(problems):  # lengths from a few tokens to several hundred, some with a shared preamble
@@ -64,7 +65,7 @@ def test_batched_greedy_equals_generate_one_prompt_at_a_time(folder):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_and_trainer_agree_over_multi_round_trajectories(folder, executor, monkeypatch, temperature):
-    model, tokenizer = load_policy(str(folder), "cpu")
+    model, tokenizer = load_model(str(folder), "cpu")
 
     def few_shot_prompt(tokenizer, question: str) -> list[int]:
         """Under this prompt the untrained model, too, writes blocks, one after another."""

@@ -9,10 +9,10 @@ from conftest import ScriptedEngine, ScriptedExecutor, passes_unless_bad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thor.engine import Request
-from thor.fences import decode
+from thor.engines import Request
 from thor.prompts import observation_text, render_prompt
 from thor.rollout import INFRA_TRIES, Ask, Sampling, derive_seed, drive, regenerate_step, solve, split_think
+from thor.text import decode
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
 PROBLEM = Problem("p", "What?", "4")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thor.fences import FenceParser, TextStream, decode, encode, extract_answer
+from thor.text import FenceParser, TextStream, decode, encode, extract_answer
 
 
 def parse(text: str) -> FenceParser:

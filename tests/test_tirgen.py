@@ -21,9 +21,9 @@ from run_tirgen import (
     says_none,
     to_row,
 )
-from thor.fences import decode
 from thor.prompts import FEW_SHOT, nearest_examples
 from thor.rollout import drive
+from thor.text import decode
 from thor.trajectory import Problem
 
 PROBLEM = Problem("p", "What is 2 + 2?", "4")

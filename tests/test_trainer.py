@@ -21,12 +21,14 @@ from tqdm import tqdm
 import run_rl
 import run_sft
 from run_rl import draw_problems, sample_trajectories, train
-from thor import policy
 from thor.attention import use_layout_attention
-from thor.engine import HFEngine
-from thor.policy import dump_skipped, load_policy, restore, save_checkpoint, save_policy
+from thor.engines import HFEngine
 from thor.rollout import Sampling, solve
-from thor.runlog import Run, UserError, parse_settings
+from thor.run_folder import Run
+from thor.settings import UserError, parse_settings
+from thor.training import trainer as policy
+from thor.training.model import load_model, save_model
+from thor.training.trainer import dump_skipped, restore, save_checkpoint
 from thor.trajectory import ExecResult, Problem
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +48,7 @@ def model_folder(tmp_path_factory) -> Path:
     """A model that writes right and wrong answers, and blocks that run and that fail."""
     folder = tmp_path_factory.mktemp("model")
     model, tokenizer, _ = cold_start([GOOD, BAD], [RIGHT, WRONG])
-    save_policy(model, tokenizer, folder)
+    save_model(model, tokenizer, folder)
     return folder
 
 
@@ -288,8 +290,8 @@ KILLER = r"""
 import json, os, pathlib, signal, sys
 import torch
 torch.set_num_threads(1)
-import run_rl, run_sft, thor.policy, thor.runlog
-from thor.engine import HFEngine
+import run_rl, run_sft, thor.training.trainer, thor.run_folder
+from thor.engines import HFEngine
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -314,11 +316,11 @@ def half_a_line(run, name, record):
 
 POINTS = {
     "sampling": lambda n: arm(HFEngine, "step", n),
-    "update": lambda n: arm(thor.policy, "score_tokens", n),
+    "update": lambda n: arm(thor.training.trainer, "score_tokens", n),
     "checkpoint": lambda n: arm(torch, "save", n, half_a_file),
     "rename": lambda n: arm(os, "replace", n),
     "link": lambda n: arm(pathlib.Path, "symlink_to", n),
-    "log": lambda n: arm(thor.runlog.Run, "append", n, half_a_line),
+    "log": lambda n: arm(thor.run_folder.Run, "append", n, half_a_line),
 }
 main = {"rl": run_rl.main, "sft": run_sft.main}[sys.argv[1]]
 for point, nth, flags in json.loads(sys.argv[2]):
@@ -366,7 +368,7 @@ def test_a_run_killed_ten_times_gives_the_same_metrics_bit_for_bit(tmp_path, mod
     assert cut == whole and len(whole) == 16
     assert any(m.get("tokens_step") for m in whole) and any(m.get("tokens_trajectory") for m in whole)
     assert sorted(p.name for p in (folder / "checkpoints").glob("*.pt")) == ["000014.pt", "000016.pt", "latest.pt"]
-    load_policy(str(folder / "final"), "cpu")
+    load_model(str(folder / "final"), "cpu")
 
 
 def test_a_killed_sft_gives_the_same_metrics_bit_for_bit(tmp_path, model_folder):

@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import thor.verify
-from thor.verify import extract_answer, verify
+from thor.text import extract_answer
+from thor.verify import verify
 
 # ---- extraction ----
 

@@ -90,14 +90,14 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait for all ranks, and for what their GPUs still do: one that ended earlier would leave the others hanging."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     gather(None)
 
 
-def add_up(values: dict[str, float]) -> dict[str, float]:
+def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
     """Sums over the ranks, which all have the same keys."""
     parts = gather(values)
     return {key: sum(part[key] for part in parts) for key in values}

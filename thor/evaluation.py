@@ -8,10 +8,10 @@ import numpy as np
 from tqdm import tqdm
 
 from thor.data import load_problems
-from thor.engine import Engine
-from thor.executor import Executor
-from thor.fences import extract_answer
+from thor.engines import Engine
 from thor.rollout import Sampling, solve
+from thor.sandbox import Executor
+from thor.text import extract_answer
 from thor.trajectory import Problem, Trajectory
 from thor.verify import verify
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from thor.fences import encode
+from thor.text import encode
 
 SYSTEM = "Solve the problem. Python blocks are run and their output is shown. Put the final answer in \\boxed{}."
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from thor.attention import common_prefix
-from thor.engine import Completion, Engine, Request
-from thor.executor import Executor
-from thor.fences import FenceParser, TextStream, encode
+from thor.engines import Completion, Engine, Request
 from thor.prompts import observation_text, render_prompt
+from thor.sandbox import Executor
+from thor.text import FenceParser, TextStream, encode
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
 INFRA_TRIES = 3  # a snippet whose sandbox failed this often is given up, and its sample dropped

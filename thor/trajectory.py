@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from thor.fences import decode
+from thor.text import decode
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import threading
 from fractions import Fraction
 from functools import partial
 
-from thor.fences import extract_answer
+from thor.text import extract_answer
 
 MAX_CHARS = 2000  # a longer answer is compared as text only
 MEMORY_BYTES = 1 << 30  # address space of the helper

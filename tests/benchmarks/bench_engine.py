@@ -34,11 +34,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
 
-from thor.cpu import AVAILABLE, multiply
-from thor.engine import HFEngine, Request
-from thor.executor import Executor
-from thor.policy import load_policy, model_source
+from thor.engines import HFEngine, Request
+from thor.fast_cpu import AVAILABLE, multiply
 from thor.rollout import drive
+from thor.sandbox import Executor
+from thor.training.model import load_model, model_source
 
 ROUNDS, OUTPUT = 3, 24
 SNIPPET = "from sympy import *\nx = symbols('x')\nprint(solve(x**2 - {}*x + {}, x))"
@@ -179,13 +179,13 @@ def measure(which: str, source: str, names: list[str]) -> dict:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     if which == "vllm":
-        from thor.engine_vllm import VLLMEngine
+        from thor.engines import VLLMEngine
 
         vocabulary, start = AutoConfig.from_pretrained(source).vocab_size, peak_rss()
         engine = VLLMEngine(source)
         engine.eos = set()
     else:
-        model, tokenizer = load_policy(source, "cpu")
+        model, tokenizer = load_model(source, "cpu")
         vocabulary = model.config.vocab_size
         if which == "generate":
             model = AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype).eval()
@@ -227,7 +227,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args.engines, source, names)))
         return
-    model, _ = load_policy(source, "cpu")
+    model, _ = load_model(source, "cpu")
     rates, flop = matmul_rate(model)
     del model
     about = {"model": args.model, "cpus": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}

@@ -5,7 +5,7 @@
     python tests/benchmarks/bench_executor.py --hostile     what (ii) and (iii) keep in of the tests' hostile snippets
 
 (i) a subprocess per snippet; (ii) a process pool that calls exec() on the snippet, libraries loaded, as the evaluators
-of several RL projects do: no isolation and no limits but a timeout; (iii) thor.executor. Rates are medians over
+of several RL projects do: no isolation and no limits but a timeout; (iii) thor.sandbox.executor. Rates are medians over
 repeated runs, the costs of layers differences of the best. The last line is JSON.
 """
 
@@ -29,7 +29,8 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from pathlib import Path
 from statistics import median
 
-from thor.executor import LAYERS, Executor
+from thor.sandbox import Executor
+from thor.sandbox.executor import LAYERS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile import DEADLY, SNIPPETS, TIMEOUT, Canary, as_ordinary_user, check, start

@@ -27,7 +27,8 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from thor.policy import prepare, score_tokens
+from thor.training.model import prepare
+from thor.training.scoring import score_tokens
 
 VOCABULARY, TOKENS, PLAIN_TOKENS = 151_936, 16_384, 1_024
 MIB = 2**20

@@ -48,12 +48,14 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts are not part of the package
 
 import run_rl
-import thor.policy
-from thor.cpu import AVAILABLE, keep_freed_memory, multiply
-from thor.engine import HFEngine, Request
-from thor.policy import checkpoint_gradients, load_policy, policy_parameters, sampling_copy, shard
-from thor.ranks import end_ranks, start_ranks
+import thor.training.scoring
+import thor.training.trainer
+from thor.demo.model import DEMO_MODEL, demo_model
+from thor.distributed import end_ranks, start_ranks
+from thor.engines import HFEngine, Request
+from thor.fast_cpu import AVAILABLE, keep_freed_memory, multiply
 from thor.rollout import drive
+from thor.training.model import checkpoint_gradients, load_model, policy_parameters, sampling_copy, shard
 from thor.trajectory import Problem, Trajectory
 
 
@@ -202,7 +204,7 @@ def training_flop(model, load: Workload) -> float:
 def run_ours(model_name: str, name: str, changes: dict, iterations: int) -> tuple[Clock, torch.nn.Module]:
     load, clock = WORKLOADS[name], Clock()
     settings = run_rl.Settings(nll_coef=0.0, **changes)
-    model, tokenizer = load_policy(model_name, start_ranks("auto", 60))
+    model, tokenizer = load_model(model_name, start_ranks("auto", 60))
     rate_model = model
     if settings.gradient_checkpointing:
         checkpoint_gradients(model)
@@ -211,7 +213,7 @@ def run_ours(model_name: str, name: str, changes: dict, iterations: int) -> tupl
     shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     clock.wrap_training()
-    clock.wrap(thor.policy, "score_tokens", "log-probs")
+    clock.wrap(thor.training.trainer, "score_tokens", "log-probs")
     clock.wrap(run_rl, "hierarchical_loss", "log-probs")
     prompts = some_prompts(tokenizer, load)
     rng = random.Random(1)
@@ -261,7 +263,7 @@ def run_trl(model_name: str, name: str, iterations: int) -> tuple[Clock, torch.n
     from trl import GRPOConfig, GRPOTrainer
 
     load, clock, cuda = WORKLOADS[name], Clock(), torch.cuda.is_available()
-    source = str(thor.policy.demo_model()) if model_name == thor.policy.DEMO_MODEL else model_name
+    source = str(demo_model()) if model_name == DEMO_MODEL else model_name
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     prompts = [tokenizer.decode(prompt) for prompt in some_prompts(tokenizer, load)]

