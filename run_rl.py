@@ -42,11 +42,11 @@ from tqdm import tqdm
 from thor.data import load_problems
 from thor.distributed import all_reduce_sum, barrier, gather, rank, start_ranks, workers, world_size
 from thor.engines import HFEngine, VLLMEngine
-from thor.evaluation import HELD_OUT_SAMPLING, evaluate, grade, held_out, table
-from thor.rollout import Sampling, derive_seed, drive, regenerate_step, solve
+from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
+from thor.rollout import Sampling, drive, regenerate_step, solve
 from thor.run_folder import Run
 from thor.sandbox import Executor
-from thor.settings import UserError, at_least, parse_settings, run_main, user_errors
+from thor.settings import UserError, at_least, derive_seed, parse_settings, run_main, user_errors
 from thor.training.model import (
     add_value_head,
     checkpoint_gradients,
@@ -68,6 +68,7 @@ from thor.training.trainer import (
     save_checkpoint,
 )
 from thor.trajectory import Problem, Step, Trajectory
+from thor.verify import grade
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,9 @@ from thor.distributed import barrier, rank, start_ranks, workers
 from thor.engines import HFEngine
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
 from thor.prompts import render_prompt
-from thor.rollout import derive_seed
 from thor.run_folder import Run
 from thor.sandbox import Executor
-from thor.settings import UserError, at_least, parse_settings, run_main, user_errors
+from thor.settings import UserError, at_least, derive_seed, parse_settings, run_main, user_errors
 from thor.text import encode
 from thor.training.model import checkpoint_gradients, load_model, policy_parameters, sampling_copy, save_model, shard
 from thor.training.trainer import MAX_SKIPPED, dump_skipped, not_finite, optimizer_step, restore, save_checkpoint

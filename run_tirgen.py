@@ -32,10 +32,10 @@ from thor.prompts import (
     observation_text,
     tir_step,
 )
-from thor.rollout import Ask, derive_seed, drive
+from thor.rollout import Ask, drive
 from thor.run_folder import Run, write_atomic
 from thor.sandbox import Executor
-from thor.settings import UserError, at_least, parse_settings, run_main, user_errors
+from thor.settings import UserError, at_least, derive_seed, parse_settings, run_main, user_errors
 from thor.text import FenceParser, decode, encode, extract_answer
 from thor.trajectory import Problem
 from thor.verify import verify

@@ -30,10 +30,11 @@ from transformers import (
 )
 
 from thor.attention import Tree
+from thor.distributed import free_memory
 from thor.engines import Completion, HFEngine, Request
 from thor.engines.base import OpenTurn
 from thor.engines.hf import sample, uniform
-from thor.engines.kv_cache import _softmax_part, free_memory
+from thor.engines.kv_cache import _softmax_part
 from thor.rollout import Sampling, drive, parse_step, solve
 from thor.text import FenceParser
 from thor.training.scoring import score_tokens
@@ -620,7 +621,7 @@ def test_free_memory_is_what_a_container_has_left(monkeypatch, tmp_path):
     files = {"memory.max": "3000", "memory.current": "2000", "memory.stat": "anon 900\ninactive_file 600\nslab 5"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr("thor.engines.kv_cache.CONTAINER", tmp_path)
+    monkeypatch.setattr("thor.distributed.CONTAINER", tmp_path)
     assert free_memory(torch.device("cpu")) == 3000 - (2000 - 600)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_memory(torch.device("cpu")) == 400

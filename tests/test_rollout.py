@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from thor.engines import Request
 from thor.prompts import observation_text, render_prompt
-from thor.rollout import INFRA_TRIES, Ask, Sampling, derive_seed, drive, regenerate_step, solve, split_think
+from thor.rollout import INFRA_TRIES, Ask, Sampling, drive, regenerate_step, solve, split_think
+from thor.settings import derive_seed
 from thor.text import decode
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 

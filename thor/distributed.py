@@ -8,14 +8,19 @@ Prompts are dealt out by their number, since how long the responses get is known
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
+CONTAINER = Path("/sys/fs/cgroup")  # memory limits of a Linux container, if this is one
 _store: dist.Store | None = None  # a few keys that all ranks see
 
 
@@ -79,6 +84,22 @@ def workers() -> int:
     """Interpreters for each rank's executor: the CPUs of this node, divided among its ranks."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free: of the GPU, or this rank's part of what the machine, or the container, still has.
+
+    A container's limit is seen where its cgroup (v2) is mounted as usual, as Docker and Kubernetes do.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no limit
+        limit = int((CONTAINER / "memory.max").read_text())
+        files = re.search(r"^inactive_file (\d+)", (CONTAINER / "memory.stat").read_text(), re.MULTILINE)
+        used = int((CONTAINER / "memory.current").read_text()) - (int(files[1]) if files else 0)
+        free = min(free, limit - used)
+    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def gather(value: Any) -> list[Any]:

@@ -11,17 +11,10 @@ from thor.data import load_problems
 from thor.engines import Engine
 from thor.rollout import Sampling, solve
 from thor.sandbox import Executor
-from thor.text import extract_answer
 from thor.trajectory import Problem, Trajectory
-from thor.verify import verify
+from thor.verify import grade
 
 HELD_OUT = 64  # synthetic test problems that every stage of the quick start is scored on
-
-
-def grade(trajectory: Trajectory, tokenizer) -> float:
-    r"""Reward R of a trajectory: 1.0 if the last \boxed of the policy's own text answers the problem, else 0.0."""
-    answer = extract_answer(trajectory.text(tokenizer, policy_only=True))
-    return float(answer is not None and verify(answer, trajectory.problem.answer))
 
 
 def bootstrap_interval(statistic: Callable, samples: np.ndarray, rounds: int = 1000) -> tuple[float, float]:

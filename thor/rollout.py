@@ -7,7 +7,6 @@ closed block to the executor, and goes on stepping for the others, so that decod
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -19,6 +18,7 @@ from thor.attention import common_prefix
 from thor.engines import Completion, Engine, Request
 from thor.prompts import observation_text, render_prompt
 from thor.sandbox import Executor
+from thor.settings import derive_seed
 from thor.text import FenceParser, TextStream, encode
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
@@ -119,11 +119,6 @@ def drive(
             if e.has_work() and hasattr(e, "drop"):
                 e.drop()
     return values
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 64-bit seed from (seed, iteration, rank, sample, ...): the same on every machine and in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 # ---- trajectories ---------------------------------------------------------------------------------------------------

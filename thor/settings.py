@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import sys
 import traceback
@@ -112,3 +113,8 @@ def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positi
     settings, extra = parser.parse_args_into_dataclasses(argv)
     given = getattr(extra, "_positional", None)
     return dataclasses.replace(settings, **{positional: given}) if given else settings
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 64-bit seed from (seed, iteration, rank, sample, ...): the same on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")

@@ -21,6 +21,7 @@ from fractions import Fraction
 from functools import partial
 
 from thor.text import extract_answer
+from thor.trajectory import Trajectory
 
 MAX_CHARS = 2000  # a longer answer is compared as text only
 MEMORY_BYTES = 1 << 30  # address space of the helper
@@ -63,6 +64,12 @@ def verify(prediction: str, gold: str, timeout: float = 5.0) -> bool:
         if not re.search(r"[()\[\]]", plain):
             prediction = plain_gold[0] + prediction + plain_gold[-1]
     return _helper.compare(prediction, gold, timeout)
+
+
+def grade(trajectory: Trajectory, tokenizer) -> float:
+    r"""Reward R of a trajectory: 1.0 if the last \boxed of the policy's own text answers the problem, else 0.0."""
+    answer = extract_answer(trajectory.text(tokenizer, policy_only=True))
+    return float(answer is not None and verify(answer, trajectory.problem.answer))
 
 
 # ---- the cheap part ----

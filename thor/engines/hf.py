@@ -18,8 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from thor.attention import common_prefix, use_layout_attention
+from thor.distributed import free_memory
 from thor.engines.base import Completion, OpenTurn, Request
-from thor.engines.kv_cache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token, free_memory
+from thor.engines.kv_cache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token
 from thor.fast_cpu import pack, release_freed_memory, unpack, use_onednn
 from thor.settings import UserError
 

@@ -8,23 +8,17 @@ Shapes: R rows that decode, T tokens of one forward pass, P prefixes in use, H/K
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from thor.attention import causal_sdpa
 
-CONTAINER = Path("/sys/fs/cgroup")  # memory of a Linux container, if this is one
 HIDDEN = -1e30  # score of a key that is not seen; finite, since a part of a softmax may consist of nothing else
 
 
@@ -107,22 +101,6 @@ def _head_shape(config) -> tuple[int, int]:
     """K and D."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free: of the GPU, or this rank's part of what the machine, or the container, still has.
-
-    A container's limit is seen where its cgroup (v2) is mounted as usual, as Docker and Kubernetes do.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no limit
-        limit = int((CONTAINER / "memory.max").read_text())
-        files = re.search(r"^inactive_file (\d+)", (CONTAINER / "memory.stat").read_text(), re.MULTILINE)
-        used = int((CONTAINER / "memory.current").read_text()) - (int(files[1]) if files else 0)
-        free = min(free, limit - used)
-    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:
