@@ -22,16 +22,9 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from thor.data import load_problems
-from thor.demo.model import DEMO_MODEL
+from thor.demo import DEMO_MODEL, few_shot_actor, few_shot_critic
 from thor.engines import Request, load_engine
-from thor.prompts import (
-    ACTOR_INSTRUCT,
-    CRITIC_INSTRUCT,
-    few_shot_actor,
-    few_shot_critic,
-    observation_text,
-    tir_step,
-)
+from thor.prompts import ACTOR_INSTRUCT, CRITIC_INSTRUCT, observation_text, render_chat, tir_step
 from thor.rollout import Ask, drive
 from thor.run_folder import Run, write_atomic
 from thor.sandbox import Executor
@@ -134,12 +127,6 @@ def says_none(reply: str) -> bool:
     return bool(re.match(r"\s*none\b", reply, re.IGNORECASE))
 
 
-def render_chat(tokenizer, system: str, user: str) -> list[int]:
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": user})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
 class FewShot:
     """Prompts for a small model: it continues plain text. Each is (ids, how many of them other requests share)."""
 
@@ -168,12 +155,12 @@ class Instruct:
         self.actor_tokenizer, self.critic_tokenizer = actor_tokenizer, critic_tokenizer
 
     def actor(self, question: str, solution: str) -> tuple[list[int], int]:
-        prompt = render_chat(self.actor_tokenizer, ACTOR_INSTRUCT, question)
+        prompt = render_chat(self.actor_tokenizer, question, ACTOR_INSTRUCT)
         return prompt + encode(self.actor_tokenizer, solution), len(prompt) - 1
 
     def critic(self, question: str, solution: str, step: str) -> tuple[list[int], int]:
         text = CRITIC_INSTRUCT.format(question=question, solution=solution or "(nothing yet)", step=step)
-        return render_chat(self.critic_tokenizer, "", text), 0
+        return render_chat(self.critic_tokenizer, text), 0
 
     actor_stop = None  # the window is as long as step_tokens, then cut at its last newline
 

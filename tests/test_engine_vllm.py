@@ -22,10 +22,9 @@ from conftest import byte_tokenizer, complete, interrupt, tiny_llama
 import run_rl
 import thor.rollout
 from thor.data import load_problems
-from thor.demo.model import ModelError, demo_model
+from thor.demo import ModelError, demo_model, few_shot_actor
 from thor.engines import HFEngine, HTTPEngine, Request, ServerError, VLLMEngine
 from thor.engines import vllm as engine_vllm
-from thor.prompts import few_shot_actor
 from thor.rollout import Sampling, solve
 from thor.text import FenceParser, TextStream, decode, encode
 from thor.training.model import load_model

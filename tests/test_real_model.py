@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import thor.rollout
 from thor.data import load_problems
-from thor.demo.model import ModelError, demo_model
+from thor.demo import ModelError, demo_model, few_shot_actor
 from thor.engines import HFEngine, Request
-from thor.prompts import few_shot_actor, render_prompt
+from thor.prompts import render_prompt
 from thor.rollout import Sampling, solve
 from thor.text import encode
 from thor.training.model import load_model

@@ -21,7 +21,7 @@ from run_tirgen import (
     says_none,
     to_row,
 )
-from thor.prompts import FEW_SHOT, nearest_examples
+from thor.demo.few_shot import DEMONSTRATIONS, nearest_demonstrations
 from thor.rollout import drive
 from thor.text import decode
 from thor.trajectory import Problem
@@ -29,14 +29,15 @@ from thor.trajectory import Problem
 PROBLEM = Problem("p", "What is 2 + 2?", "4")
 
 
-def test_every_demonstration_prints_what_it_says(executor):
-    for example, result in zip(FEW_SHOT, executor.run([e.code for e in FEW_SHOT]), strict=True):
-        assert result.passed and result.observation() == example.output, example.question
+def test_demonstrations_print_their_recorded_output(executor):
+    results = executor.run([d.code for d in DEMONSTRATIONS])
+    for demonstration, result in zip(DEMONSTRATIONS, results, strict=True):
+        assert result.passed and result.observation() == demonstration.output, demonstration.question
 
 
-def test_nearest_examples_come_last():
-    assert "lcm" in nearest_examples("What is the least common multiple of 6 and 8?")[-1].code
-    assert "primerange" in nearest_examples("Count the primes between 5 and 77.")[-1].code
+def test_most_similar_demonstration_comes_last():
+    assert "lcm" in nearest_demonstrations("What is the least common multiple of 6 and 8?")[-1].code
+    assert "primerange" in nearest_demonstrations("Count the primes between 5 and 77.")[-1].code
 
 
 def build(tokenizer, actor_says, critic_says, template=FewShot, **settings):

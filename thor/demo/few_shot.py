@@ -1,0 +1,78 @@
+"""Demonstrations of tool-integrated reasoning, and the few-shot prompts that TIRGen builds from them.
+
+The prompts are plain text for a small base model to continue. One line is one reasoning step; a blank line ends a
+solution. Each prompt shows the demonstrations that are most similar to its question.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from thor.prompts import tir_step
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A question, the actor's step, the critic's rewrite of it (logic and code), and the output of the code."""
+
+    question: str
+    step: str
+    logic: str
+    code: str
+    output: str
+
+
+def load_demonstrations() -> list[Demonstration]:
+    """Read the demonstrations that ship with the package."""
+    lines = Path(__file__).with_name("few_shot.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Demonstration(**json.loads(line)) for line in lines]
+
+
+def words(text: str) -> set[str]:
+    """Words and operators of a text. Numbers are left out: they say nothing about the kind of question."""
+    return set(re.findall(r"[a-z]+|[*+/=!^-]+", text.lower()))
+
+
+DEMONSTRATIONS = load_demonstrations()
+WORD_COUNTS = Counter(word for demonstration in DEMONSTRATIONS for word in words(demonstration.question))
+
+# The critic also needs an example of a step for which it writes no code.
+NO_CODE_EXAMPLE = "Question: Is 2 even?\nStep: Read the question carefully.\nRewrite: none\n\n"
+
+
+def nearest_demonstrations(question: str, k: int = 2) -> list[Demonstration]:
+    """Return the k demonstrations most similar to the question, the most similar last.
+
+    The similarity is the sum of 1 / count over the shared words, divided by the square root of the same sum over all
+    words of the demonstration.
+    """
+    asked = words(question)
+
+    def similarity(demonstration: Demonstration) -> float:
+        own = words(demonstration.question)  # fsum: the result must not depend on the iteration order of a set
+        total = math.fsum(1 / WORD_COUNTS[word] for word in own)
+        return math.fsum(1 / WORD_COUNTS[word] for word in own & asked) / math.sqrt(total)
+
+    return sorted(DEMONSTRATIONS, key=similarity)[-k:]
+
+
+def few_shot_actor(question: str) -> str:
+    """Return the actor's few-shot prefix: complete solutions in the format in which the actor continues its own."""
+    return "".join(
+        f"Question: {d.question}\n{tir_step(d.logic, d.code)}```output\n{d.output}\n```\n"
+        f"The answer is \\boxed{{{d.output}}}.\n\n"
+        for d in nearest_demonstrations(question)
+    )
+
+
+def few_shot_critic(question: str) -> str:
+    """Return the critic's few-shot prefix: an actor's steps, each with its rewrite."""
+    return NO_CODE_EXAMPLE + "".join(
+        f"Question: {d.question}\nStep: {d.step}\nRewrite: {tir_step(d.logic, d.code)}\n"
+        for d in nearest_demonstrations(question)
+    )
