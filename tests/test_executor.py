@@ -17,6 +17,7 @@ from thor.sandbox import Executor
 from thor.sandbox import executor as module
 from thor.sandbox.executor import LAYERS, OUTPUT_CAP
 
+ROOT = Path(__file__).resolve().parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
@@ -121,6 +122,17 @@ def test_nothing_carries_over_and_results_repeat(ex):
     code += "print(random.random(), numpy.random.rand(), hash('a'), {'a', 'b', 'c', 'd'})"
     first, second = ex.run([code, code])
     assert first.stdout == second.stdout and first.stdout.startswith("pi False [] {}\n")
+
+
+def test_server_process_loads_only_its_own_modules():
+    code = "from thor.sandbox import server; import sys; print(*sorted(m for m in sys.modules if m.startswith('thor')))"
+    loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.split() == ["thor", *(f"thor.sandbox{m}" for m in ("", ".kernel", ".server", ".snippet"))]
+
+
+@pytest.mark.parametrize("name", ["thor", "thor.trajectory", "thor.sandbox.executor", "thor.sandbox.server"])
+def test_snippets_cannot_import_thor(ex, name):
+    assert one(ex, f"import {name}").error == "ModuleNotFoundError: No module named 'thor' (line 1)"
 
 
 def test_temporary_files_work(ex):
@@ -245,9 +257,8 @@ if sys.argv[1] == "error":
 @linux
 @pytest.mark.parametrize("how", ["exit", "crash", "error", "fork"])
 def test_end_of_the_caller_leaves_nothing(how):
-    root = Path(__file__).resolve().parents[1]
     with subprocess.Popen(
-        [sys.executable, "-c", CALLER, how], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=root, text=True
+        [sys.executable, "-c", CALLER, how], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, text=True
     ) as process:
         mark = process.stdout.readline().strip()
 

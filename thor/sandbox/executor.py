@@ -342,7 +342,7 @@ class Executor:
         env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "MALLOC_ARENA_MAX": "1"}
         env |= {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")}
         env |= {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")}
-        package = str(Path(__file__).parents[2])  # on the path for this one import: its modules are not for snippets
+        package = str(Path(__file__).parents[2])  # on sys.path for this import only: snippets must not import thor
         server = (
             f"import sys; sys.path[0] = {package!r}; from thor.sandbox import server; del sys.path[0]; server.main()"
         )

@@ -294,6 +294,8 @@ class Zygote:
 
 
 def main() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "thor"]:
+        del sys.modules[name]  # snippets must not find them there
     control, config = socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2])
     namespaces = enter_namespaces(set(config["layers"]))
     if "pid_namespace" in namespaces:
