@@ -1,4 +1,4 @@
-"""Loading of problem files and the built-in synthetic problems."""
+"""Tests of problem loading and of the synthetic problems."""
 
 import json
 import math
@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thor.data import BENCHMARKS, Problem, load_problems
+from thor.data import BENCHMARKS, load_problems
 from thor.demo.problems import FAMILIES
+from thor.trajectory import Problem
 from thor.verify import verify
 
-# ---- files ----
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def write(path, *lines):
@@ -21,7 +22,7 @@ def write(path, *lines):
     return str(path)
 
 
-def test_jsonl_with_bom_crlf_blank_lines_and_unicode(tmp_path):
+def test_jsonl_may_have_bom_crlf_blank_lines_and_unicode(tmp_path):
     source = write(
         tmp_path / "set.jsonl",
         b"\xef\xbb\xbf" + json.dumps({"question": "1+1?", "answer": 2}).encode() + b"\r\n",
@@ -38,7 +39,7 @@ def test_jsonl_with_bom_crlf_blank_lines_and_unicode(tmp_path):
     assert len(load_problems(source, split="whatever", limit=2, seed=9)) == 2
 
 
-def test_answers_of_gsm8k_math_and_olympiadbench(tmp_path):
+def test_answer_formats_of_gsm8k_math_and_olympiadbench(tmp_path):
     rows = [
         {"question": "q", "answer": "48 + 24 = <<48+24=72>>72\n#### 1,072"},
         {"problem": "p", "solution": r"so \boxed{1}, no, \boxed{\frac{1}{2}}."},
@@ -52,7 +53,7 @@ def test_answers_of_gsm8k_math_and_olympiadbench(tmp_path):
     assert problems[2].question == "Let c.\nq"
 
 
-def test_parquet(tmp_path):
+def test_parquet_rows_are_loaded(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -70,10 +71,10 @@ GOOD = b'{"question": "q", "answer": "1"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", r"a\.jsonl: it is empty"),
-        ("a.jsonl", b"\xef\xbb\xbf\n \n", r"a\.jsonl: it is empty"),
-        ("a.json", b"", r"a\.json: it is empty"),
-        ("a.json", b"[]", r"a\.json: it is empty"),
+        ("a.jsonl", b"", r"a\.jsonl: is empty"),
+        ("a.jsonl", b"\xef\xbb\xbf\n \n", r"a\.jsonl: is empty"),
+        ("a.json", b"", r"a\.json: is empty"),
+        ("a.json", b"[]", r"a\.json: is empty"),
         ("a.jsonl", GOOD + b"\n{'question': 1}\n", r"a\.jsonl:3: invalid JSON"),
         ("a.jsonl", GOOD + b'{"question": "q", "ans', r"a\.jsonl:2: invalid JSON"),
         ("a.jsonl", GOOD + b"\xff\xfe\n", r"a\.jsonl:2: .*not UTF-8"),
@@ -89,7 +90,7 @@ GOOD = b'{"question": "q", "answer": "1"}\n'
         ("a.jsonl", GOOD + b'{"question": "q", "solution": "none"}\n', r"a\.jsonl:2: no answer"),
         ("a.jsonl", GOOD + b'{"question": {}, "answer": 1}\n', r"a\.jsonl:2: 'question' is of type dict"),
         ("a.jsonl", GOOD + b'{"question": "q", "answer": true}\n', r"a\.jsonl:2: 'answer' is of type bool"),
-        ("a.jsonl", GOOD + b'{"question": "\\ud800", "answer": 1}\n', r"a\.jsonl:2: 'question' holds half"),
+        ("a.jsonl", GOOD + b'{"question": "\\ud800", "answer": 1}\n', r"a\.jsonl:2: 'question' has an unpaired"),
         ("a.json", b'[{"question": "q",\n "answer": 1},\n oops]', r"a\.json:3: invalid JSON"),
         ("a.json", b'{"question": "q", "answer": 1}', r"a\.json:1: expected a list"),
         ("a.json", GOOD + GOOD, r"a\.json:2: invalid JSON"),
@@ -100,7 +101,7 @@ GOOD = b'{"question": "q", "answer": "1"}\n'
         ("noext", GOOD, r"noext: expected a \.jsonl"),
     ],
 )
-def test_bad_files_are_one_line_errors_naming_the_line(tmp_path, name, content, message):
+def test_invalid_files_give_one_line_errors_with_line_numbers(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_problems(write(tmp_path / name, content))
     assert "\n" not in str(caught.value)
@@ -113,7 +114,7 @@ def test_rows_after_the_limit_are_not_read(tmp_path):
         load_problems(source, limit=3)
 
 
-def test_bad_sources_and_limits(tmp_path):
+def test_invalid_sources_limits_and_splits_are_rejected(tmp_path):
     for source in (str(tmp_path / "missing.jsonl"), "missing.csv", "synthetics", "not a name"):
         with pytest.raises(FileNotFoundError, match="no such file") as caught:
             load_problems(source)
@@ -127,7 +128,7 @@ def test_bad_sources_and_limits(tmp_path):
         load_problems("synthetic", split="validation")
 
 
-def test_hub_names_reach_the_hub_with_their_configuration(monkeypatch):
+def test_hub_data_sets_are_loaded_with_configuration_and_split(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
@@ -152,7 +153,7 @@ def test_hub_names_reach_the_hub_with_their_configuration(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-# ---- synthetic problems ----
+# ---- synthetic problems ---------------------------------------------------------------------------------------------
 
 
 def primes(low, high):
@@ -181,7 +182,7 @@ def evaluate(expression):
 
 
 NUM, E = r"(-?\d+)", r"([^?|]+?)"  # an integer, an expression
-# What a reader understands by each question, written without looking at how the generators compute their answers.
+# The meaning of each question, implemented independently of the generators.
 READINGS = [
     (rf"(?:What is|Multiply|Find the product of) {NUM} (?:\*|by|and) {NUM}[?.]", lambda a, b: a * b),
     (rf"(?:What is|Multiply) {NUM} (?:\*|by) {NUM} (?:-|and subtract) {NUM}[?.]", lambda a, b, c: a * b - c),
@@ -251,7 +252,7 @@ READINGS = [
 ]
 
 
-def answer_by_reading(question):
+def independent_answer(question):
     question = re.sub(r"([-+]) (\d+)(\*x| =)", r"\1\2\3", question) if "x**2" in question else question
     question = question.replace("+", "") if "x**2" in question else question
     found = [(r, match) for pattern, r in READINGS if (match := re.fullmatch(pattern, question))]
@@ -261,9 +262,9 @@ def answer_by_reading(question):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_golds_are_what_a_reader_computes(split):
+def test_answers_match_independent_computation(split):
     for problem in load_problems("synthetic", split=split, limit=600, seed=1):
-        assert answer_by_reading(problem.question) == problem.answer, problem
+        assert independent_answer(problem.question) == problem.answer, problem
 
 
 @settings(max_examples=15, deadline=None)
@@ -292,27 +293,27 @@ def test_train_and_test_are_disjoint_for_every_seed():
     assert first != load_problems("synthetic", seed=1)
 
 
-def test_the_wordings_of_one_problem_stay_on_one_side():
-    def computes(problem):  # the family and its numbers, whatever the words
+def test_phrasings_of_a_problem_are_in_the_same_split():
+    def computes(problem):  # identifies the computation, whatever the phrasing
         return problem.family, tuple(sorted(re.findall(r"\d+", problem.question)))
 
-    sides = [
+    splits = [
         {computes(p) for seed in range(8) for p in load_problems("synthetic", split, limit=300, seed=seed)}
         for split in ("train", "test")
     ]
-    shared = sides[0] & sides[1]
-    # Only another operation on the same numbers (a gcd here, an lcm there) may appear on both sides.
-    assert len(shared) < 0.02 * len(sides[1])
+    shared = splits[0] & splits[1]
+    # Different operations on the same numbers (a gcd and an lcm) may be in both splits.
+    assert len(shared) < 0.02 * len(splits[1])
 
 
 def test_generation_is_fast():
     load_problems("synthetic", limit=30)
     start = time.perf_counter()
     load_problems("synthetic", limit=500)
-    assert time.perf_counter() - start < 10  # about 0.3 s alone on a core
+    assert time.perf_counter() - start < 10  # takes about 0.3 s on an idle core
 
 
-def test_an_id_that_comes_again_gets_its_row_behind_it(tmp_path):
+def test_repeated_ids_get_the_row_number_appended(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"id": "a", "question": "q", "answer": "1"}\n' * 3)
     assert [p.id for p in load_problems(str(path))] == ["a", "a/1", "a/2"]

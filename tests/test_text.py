@@ -1,4 +1,4 @@
-"""Where a block opens and closes, and where the answer stands."""
+"""Tests of the fence parser, boxed answers, and incremental decoding."""
 
 import pytest
 from hypothesis import given
@@ -17,14 +17,14 @@ def parse(text: str) -> FenceParser:
     ("text", "code"),
     [
         ("think\n```python\nprint(1)\n```\n", "print(1)\n"),
-        ("```python\nprint(1)\n```", "print(1)\n"),  # at the very start, and nothing behind the closing fence
-        ("I use python\n```\nnot code\n```\n", None),  # prose that ends in the word python, then some other fence
-        ("see ```python here\nprint(1)\n```\n", None),  # the fence does not open its line
+        ("```python\nprint(1)\n```", "print(1)\n"),  # at the start, no newline after the closing fence
+        ("I use python\n```\nnot code\n```\n", None),  # a plain fence after the word python
+        ("see ```python here\nprint(1)\n```\n", None),  # the fence is not at the start of its line
         ("```py\nprint(1)\n```\n", None),
         ("```python3\nprint(1)\n```\n", None),
         ("```python\nprint('```')\n```\n", "print('```')\n"),  # backticks inside a line
-        ("```python\ns = '''\n``` x\n'''\n```\n", "s = '''\n``` x\n'''\n"),  # a fence that does not stand alone
-        ("```python\nprint(1)", None),  # unclosed
+        ("```python\ns = '''\n``` x\n'''\n```\n", "s = '''\n``` x\n'''\n"),  # more text after the fence on its line
+        ("```python\nprint(1)", None),  # no closing fence
         ("```python\nprint(1)\n``", None),
         ("```python\r\nprint(1)\r\n```\r\n", "print(1)\n"),  # CRLF
         ("```python \nprint(1)\n```  \n", "print(1)\n"),  # trailing blanks
@@ -34,25 +34,25 @@ def parse(text: str) -> FenceParser:
         ("  ```python\n1\n```\n", None),
     ],
 )
-def test_blocks(text, code):
+def test_parser_finds_the_code_of_a_closed_block(text, code):
     assert parse(text).code == code
 
 
-def test_offsets_and_text_behind_the_fence():
+def test_offsets_delimit_fences_and_code():
     text = "think\n```python\nx\n```\nmore"
     parser = parse(text)
     assert text[parser.open_at :].startswith("```python") and text[parser.code_at : parser.code_end] == "x\n"
     assert text[: parser.close_end].endswith("\n```") and parser.text == text
 
 
-def test_only_the_first_block_counts():
+def test_later_blocks_are_ignored():
     parser = parse("```python\n1\n```\n```python\n2\n```\n")
     assert parser.code == "1\n"
 
 
 @given(st.lists(st.sampled_from(["a", "python", "```", "```python", "\n", " ", "\r\n", "print('```')"]), max_size=12))
-def test_pieces_do_not_matter_where_lines_are_whole(parts):
-    """Fed line by line or at once, the block is the same (within a line, "```" closes as soon as it is there)."""
+def test_result_is_independent_of_how_whole_lines_are_grouped(parts):
+    """Only splits within a line can matter, since "```" closes a block before its line is complete."""
     text = "".join(parts)
     parser = FenceParser()
     for line in text.splitlines(keepends=True):
@@ -61,7 +61,7 @@ def test_pieces_do_not_matter_where_lines_are_whole(parts):
     assert parser.code == parse(text).code
 
 
-def test_closes_without_waiting_for_the_newline():
+def test_block_closes_without_a_newline():
     parser = FenceParser()
     closed = [parser.feed(char) for char in "```python\n1\n```"]
     assert closed == [False] * (len(closed) - 1) + [True]
@@ -81,17 +81,17 @@ def test_closes_without_waiting_for_the_newline():
         (r"\boxed { 3 }", "3"),
     ],
 )
-def test_boxed(text, answer):
+def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
 
 
 @given(st.text(alphabet=st.characters(blacklist_categories=("Cs",)), max_size=30))
-def test_text_stream_gives_the_decoded_text(tokenizer, text):
+def test_text_stream_equals_decoding_at_once(tokenizer, text):
     ids = encode(tokenizer, text)
     stream = TextStream(tokenizer)
     assert "".join(stream.push(i) for i in ids) == decode(tokenizer, ids) == text
 
 
-def test_text_that_looks_special_is_encoded_as_text(tokenizer):
+def test_special_tokens_in_text_are_encoded_as_plain_text(tokenizer):
     ids = encode(tokenizer, "<|end|>")
     assert tokenizer.eos_token_id not in ids and decode(tokenizer, ids) == "<|end|>"

@@ -1,7 +1,7 @@
-r"""Where a step's code block opens and closes, and where the answer stands, in text that arrives piece by piece.
+r"""Text and tokens: code blocks, boxed answers, and decoding of token ids.
 
-A block opens at a line that starts with "```python" and closes at a line that is "```" alone. Any other fence
-("```output", "```py", backticks inside a line) is text like any other. See DESIGN: the text of a step.
+A code block opens with a line that starts with "```python" and closes with a line that contains only "```". All other
+fences ("```output", "```py", backticks inside a line) are ordinary text.
 """
 
 from __future__ import annotations
@@ -14,37 +14,33 @@ BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\boxed\s*(?P<bare>[-+]?\d[\d.,/]*|[A-Za-
 
 
 class FenceParser:
-    r"""Incremental parser of one turn of the policy; it is also the stop rule that an engine feeds.
+    r"""Incremental parser that finds the first code block of a text. Engines use it as a stop rule.
 
-    The block counts as closed as soon as its last line reads "```": waiting for the newline would cost a token in every
-    block. So a piece that ends in "\n```" closes it even where more was to come on that line, while the same text in
-    one piece does not. Text after the closing line in the same piece is left alone.
+    The block closes as soon as its last line reads "```", without waiting for a newline, which would cost one more
+    token per block. The result can therefore depend on how a line is split: a piece that ends in "\n```" closes the
+    block even if the next piece continues that line. `text` includes what follows the closing fence in the last piece.
 
-    Attributes (character offsets into all text fed so far; -1 until known):
-        open_at: start of the line "```python"    code_at: first character of the code
-        code_end: end of the code                 close_end: just behind the closing backticks
+    Attributes (character offsets into `text`, the text fed so far; -1 while unknown):
+        open_at: start of the opening fence     code_at: start of the code
+        code_end: end of the code               close_end: end of the closing fence
     """
 
     def __init__(self) -> None:
         self.text = ""
         self.open_at = self.code_at = self.code_end = self.close_end = -1
-        self._line = 0  # start of the line being read
+        self._line = 0  # start of the current line
 
     @property
     def closed(self) -> bool:
         return self.close_end >= 0
 
     @property
-    def is_open(self) -> bool:
-        return self.code_at >= 0 and not self.closed
-
-    @property
     def code(self) -> str | None:
-        """Source of the closed block, None while there is none."""
+        """Source code of the block, or None until the block is closed."""
         return self.text[self.code_at : self.code_end].replace("\r\n", "\n") if self.closed else None
 
     def feed(self, piece: str) -> bool:
-        """Take the next piece of text; True once the block is closed (the policy's turn ends there)."""
+        """Parse the next piece of text. Return True once the block is closed, where the policy's turn ends."""
         self.text += piece
         while not self.closed:
             newline = self.text.find("\n", self._line)
@@ -60,17 +56,17 @@ class FenceParser:
 
 
 def opens_block(line: str) -> bool:
-    """True for a line that opens a Python block: "```python", alone or with an info string behind white space."""
+    """Return True if the line opens a Python block: "```python", alone or followed by whitespace and any text."""
     return line.startswith(OPEN) and not line[len(OPEN) : len(OPEN) + 1].strip()
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Contents of the last complete \boxed{...} (or "\boxed 5"), stripped; None where there is none.
+    r"""Return the stripped contents of the last complete \boxed{...} (or "\boxed 5"), or None if there is none.
 
-    Braces are balanced, "\{" and "\}" do not count. Of nested boxes the innermost is taken.
+    Braces are matched; escaped braces are ignored. Of nested boxes, the innermost is returned.
     """
     answer, answer_start = None, -1
-    open_braces: list[int | None] = []  # where the contents of a box begin; None for other braces
+    open_braces: list[int | None] = []  # where a box's contents start; None for any other brace
     for token in BOX_TOKENS.finditer(text):
         if token["bare"]:
             answer, answer_start = token["bare"].rstrip(".,/"), token.start()
@@ -85,10 +81,10 @@ def extract_answer(text: str) -> str | None:
 
 
 class TextStream:
-    """Text of a growing list of token ids, piece by piece; a character split over tokens waits for its last byte.
+    """Incremental decoder of token ids. It holds back a character until all of its bytes have arrived.
 
-    Each piece is what `decode` says beyond the text of the previous piece's tokens, which stay in view as context:
-    some tokenizers treat the first token of a text differently. before: the tokens that the list continues.
+    Some tokenizers decode the first token of a text differently. Each piece is therefore decoded together with the
+    tokens of the piece before it. `before` holds the tokens that precede the stream; only the last one is used.
     """
 
     def __init__(self, tokenizer, before: Sequence[int] = ()) -> None:
@@ -97,6 +93,7 @@ class TextStream:
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
+        """Return the text that this token completes; empty if it ends within a character."""
         self._pending.append(token_id)
         before, after = decode(self.tokenizer, self._context), decode(self.tokenizer, self._context + self._pending)
         if after.endswith("\ufffd"):
@@ -106,10 +103,10 @@ class TextStream:
 
 
 def decode(tokenizer, token_ids: list[int]) -> str:
-    """Text of ids, character for character, without special tokens."""
+    """Decode token ids without special tokens and without cleaning up spaces."""
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Ids of a text on its own; text that looks like a special token (tool output may) stays ordinary text."""
+    """Encode text without special tokens; text that looks like one (tool output may) is encoded as plain text."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
