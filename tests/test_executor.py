@@ -127,7 +127,8 @@ def test_nothing_carries_over_and_results_repeat(ex):
 def test_server_process_loads_only_its_own_modules():
     code = "from thor.sandbox import server; import sys; print(*sorted(m for m in sys.modules if m.startswith('thor')))"
     loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-    assert loaded.stdout.split() == ["thor", *(f"thor.sandbox{m}" for m in ("", ".kernel", ".server", ".snippet"))]
+    modules = ("", ".kernel", ".protocol", ".server", ".snippet")
+    assert loaded.stdout.split() == ["thor", *("thor.sandbox" + module for module in modules)]
 
 
 @pytest.mark.parametrize("name", ["thor", "thor.trajectory", "thor.sandbox.executor", "thor.sandbox.server"])

@@ -32,8 +32,7 @@ from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
 
-from thor.sandbox.server import RECORD
-from thor.sandbox.snippet import EXIT_BLOCKED, EXIT_ERROR, EXIT_MEMORY
+from thor.sandbox.protocol import CHILD, EXIT_BLOCKED, EXIT_ERROR, EXIT_MEMORY, KILL, RECORD
 from thor.trajectory import ExecResult
 
 OUTPUT_CAP = 2**16  # bytes of stdout kept
@@ -261,7 +260,7 @@ class Executor:
             self._server_died()
             return
         kind, pid, status, cpu, peak = RECORD.unpack(record)
-        if kind == b"C":
+        if kind == CHILD:
             child = self._children[pid] = Child(pid, socket.socket(fileno=fds[0]), fds[1])
             self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._on_channel(child))
             self._selector.register(child.out, selectors.EVENT_READ, lambda: self._on_out(child))
@@ -327,7 +326,7 @@ class Executor:
             if not child.killed:
                 child.killed, child.deadline = True, now + GRACE
                 with contextlib.suppress(OSError):  # a dead server is noticed when reading
-                    self._control.sendall(RECORD.pack(b"K", child.pid, 0, 0.0, 0))
+                    self._control.sendall(RECORD.pack(KILL, child.pid, 0, 0.0, 0))
             elif not child.answered:
                 child.deadline = now + STUCK
                 self._finish(child, self._judge(child, 0, 0.0, 0))

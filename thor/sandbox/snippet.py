@@ -1,4 +1,4 @@
-"""The child's side: run one snippet and report how it ended."""
+"""Run one snippet in a child process and report how it ended."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import threading
 import traceback
 import types
 
-EXIT_ERROR, EXIT_MEMORY, EXIT_BLOCKED, EXIT_SETUP = 1, 91, 92, 93  # they only name a failure: success is exit status 0
+from thor.sandbox.protocol import EXIT_BLOCKED, EXIT_ERROR, EXIT_MEMORY
+
 SNIPPET = "<snippet>"  # file name of the user's code in tracebacks
 
 
 class CappedRaw(io.RawIOBase):
-    """Raw stdout that swallows what comes after the first `left` bytes, so that endless printing costs nothing."""
+    """Raw stdout that discards everything after the first `left` bytes, so that endless printing costs nothing."""
 
     def __init__(self, left: int):
         self.left = left
@@ -37,7 +38,7 @@ class CappedRaw(io.RawIOBase):
 
 
 def describe(error: BaseException) -> str:
-    """Last line of the traceback, with the line of the snippet at fault."""
+    """Return the last line of the traceback and the line number in the snippet where the error occurred."""
     lines = traceback.format_exception_only(type(error), error)
     text, line = "".join(lines)[:2000].replace("\n", " "), None
     if isinstance(error, SyntaxError):  # its other lines repeat the source
@@ -51,7 +52,7 @@ def describe(error: BaseException) -> str:
 
 
 def was_blocked(error: BaseException | None) -> bool:
-    """Whether this error, or one that led to it (urllib wraps them, for instance), is a refusal of the sandbox."""
+    """Whether the sandbox refused an operation: this error or one that caused it (urllib, for example, wraps them)."""
     for _ in range(20):
         refused = isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
         if refused or isinstance(error, socket.gaierror):
@@ -61,12 +62,15 @@ def was_blocked(error: BaseException | None) -> bool:
 
 
 def run_snippet(source: bytes, channel: int, cap: int) -> int:
-    """Run the code as `__main__`; writes the error line to `channel` and returns the exit status."""
+    """Run `source` as `__main__`, write the error line to the descriptor `channel` and return the exit status.
+
+    cap: bytes of stdout to pass on.
+    """
     out = io.TextIOWrapper(io.BufferedWriter(CappedRaw(cap)), encoding="utf-8", errors="replace")
     sys.stdout = sys.__stdout__ = out
     leave = os._exit
 
-    def exit_flushed(status: int) -> None:  # what was printed before an os._exit counts as printed
+    def exit_flushed(status: int) -> None:  # output printed before os._exit counts as printed
         with contextlib.suppress(Exception):
             out.flush()
         leave(status)
@@ -78,7 +82,7 @@ def run_snippet(source: bytes, channel: int, cap: int) -> int:
         try:
             exec(compile(source.decode("utf-8", "surrogatepass"), SNIPPET, "exec"), module.__dict__)
         finally:
-            for thread in threading.enumerate():  # as the interpreter does at its end
+            for thread in threading.enumerate():  # the interpreter does the same at exit
                 if thread is not threading.main_thread() and not thread.daemon:
                     thread.join()
     except SystemExit as error:
