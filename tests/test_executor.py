@@ -1,4 +1,4 @@
-"""The executor's contract: statuses, order, limits, nothing carried over, recovery, nothing left behind."""
+"""The executor: result statuses, order, limits, isolation between snippets, recovery and cleanup."""
 
 import asyncio
 import contextlib
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from thor.sandbox import Executor
-from thor.sandbox import executor as module
-from thor.sandbox.executor import LAYERS, OUTPUT_CAP
+from thor.sandbox import Executor, protection
+from thor.sandbox import executor as executor_module
+from thor.sandbox.executor import OUTPUT_CAP
 
 ROOT = Path(__file__).resolve().parents[1]
-linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def one(ex, code):
 
 
 def servers(ex) -> list[int]:
-    """Processes of this executor: a fork keeps the command line, which names its own descriptor and settings."""
+    """Pids of the server and its forks. They share a command line, which is unique to this executor."""
     found, mark = [], "\0".join(ex._process.args[1:])
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -83,24 +83,24 @@ SOLVE = "from sympy import *\nx = symbols('x')\nprint(solve(x**2 - 4))"
         ("print(input())", "error", "", "EOFError: EOF when reading a line (line 1)"),
     ],
 )
-def test_status(ex, code, status, stdout, error):
+def test_status_stdout_and_error(ex, code, status, stdout, error):
     result = one(ex, code)
     assert (result.status, result.stdout) == (status, stdout)
     assert error in (None, result.error) and "\n" not in result.error
     assert result.passed == (status == "ok") and 0 < result.seconds < ex.timeout + 0.5
 
 
-def test_error_in_a_library_names_the_users_line(ex):
+def test_error_in_library_names_line_of_snippet(ex):
     assert one(ex, "import json\n\njson.loads('x')").error.endswith("line 1 column 1 (char 0) (line 3)")
 
 
-def test_order_is_kept_and_empty_is_fine(ex):
+def test_results_are_in_submission_order(ex):
     codes = [f"import time\ntime.sleep({0.05 * (i % 3)})\nprint({i})" for i in range(12)]
     assert [r.stdout for r in ex.run(codes)] == [f"{i}\n" for i in range(12)]
     assert ex.run([]) == []
 
 
-def test_from_threads_and_from_asyncio(ex):
+def test_submit_from_threads_and_asyncio(ex):
     found = {}
     threads = [threading.Thread(target=lambda i=i: found.update({i: one(ex, f"print({i})").stdout})) for i in range(8)]
     for thread in threads:
@@ -115,7 +115,7 @@ def test_from_threads_and_from_asyncio(ex):
     assert [r.stdout for r in asyncio.run(gather())] == ["0\n", "1\n", "2\n", "3\n"]
 
 
-def test_nothing_carries_over_and_results_repeat(ex):
+def test_snippets_share_no_state_and_are_deterministic(ex):
     one(ex, "import sympy, builtins\nsympy.pi = 3\nbuiltins.left = 1\nopen('file', 'w').write('x')")
     code = "import os, sympy, random, numpy\n"
     code += "print(sympy.pi, 'left' in dir(__builtins__), os.listdir('.'), dict(os.environ))\n"
@@ -141,7 +141,7 @@ def test_temporary_files_work(ex):
     assert one(ex, code + "    print(f.read())").stdout == "a\n"
 
 
-def test_own_alarm_works(ex):
+def test_snippet_can_use_alarm(ex):
     code = "import signal, time\nsignal.signal(14, lambda *_: print('alarm'))\nsignal.alarm(1)\ntime.sleep(1.2)"
     assert one(ex, code).stdout == "alarm\n"
 
@@ -156,7 +156,7 @@ def test_output_is_capped(ex, size, how):
     assert ("output cut" in result.stdout) == (size > OUTPUT_CAP) and len(result.stdout) < OUTPUT_CAP + 100
 
 
-def test_long_source_and_odd_characters(ex):
+def test_long_source_and_unusual_characters(ex):
     assert one(ex, "# " + "x" * 5_000_000 + "\nprint('é∑😀')").stdout == "é∑😀\n"
     assert one(ex, "print('\\ud800')").stdout == "?\n"
     assert one(ex, "print('\ud800')").status == one(ex, "print(1)\0").status == "error"
@@ -168,18 +168,18 @@ def test_queued_snippet_can_be_cancelled(ex):
     assert last.cancel() and all(future.result().passed for future in busy)
 
 
-def test_bad_arguments():
+def test_invalid_arguments_are_rejected():
     for arguments in ({"workers": 0}, {"timeout": 0}, {"memory_mb": -1}):
         with pytest.raises(ValueError, match="must be positive"):
             Executor(**arguments)
-    with pytest.raises(ValueError, match="there are network"):
+    with pytest.raises(ValueError, match="choose from network"):
         Executor(workers=1, preload=(), require=("nonsense",))
 
 
 @linux
-def test_killed_server_is_restarted_and_snippets_run_again():
+def test_killed_server_is_restarted_and_snippets_are_retried():
     with Executor(workers=2, timeout=10, preload=()) as ex:
-        for victim in (0, -1):  # the first process, and one of the others
+        for victim in (0, -1):  # the first process, then one of the others
             slow = [ex.submit("import time\ntime.sleep(1)\nprint(1)") for _ in range(2)]
             time.sleep(0.3)
             os.kill((servers(ex)[:2])[victim], signal.SIGKILL)
@@ -196,7 +196,7 @@ def test_killed_server_is_restarted_and_snippets_run_again():
 
 @linux
 def test_stopped_server_is_replaced(monkeypatch):
-    monkeypatch.setattr(module, "STUCK", 0.5)
+    monkeypatch.setattr(executor_module, "STALL_TIMEOUT", 0.5)
     with Executor(workers=1, timeout=0.5, preload=()) as ex:
         for pid in servers(ex):
             os.kill(pid, signal.SIGSTOP)
@@ -204,7 +204,7 @@ def test_stopped_server_is_replaced(monkeypatch):
 
 
 @linux
-def test_close_leaves_nothing():
+def test_close_frees_all_resources():
     def descriptors():
         return len(os.listdir("/proc/self/fd"))
 
@@ -223,10 +223,10 @@ def test_close_leaves_nothing():
 
 
 @linux
-def test_nothing_grows():
+def test_no_leak_of_descriptors_or_processes():
     with Executor(workers=2, preload=()) as ex:
 
-        def counts():  # once all children that should wait do wait
+        def counts():  # once all idle children are ready
             wait_until(lambda: len(ex._idle) == ex._config["children"])
             return len(os.listdir("/proc/self/fd")), len(servers(ex))
 
@@ -241,7 +241,7 @@ import os, signal, sys, time
 from thor.sandbox import Executor
 ex = Executor(workers=2, timeout=60, preload=())
 ex.submit("while True: pass")
-if sys.argv[1] == "fork":  # a process that outlives the caller and has copies of its descriptors
+if sys.argv[1] == "fork":  # a process that outlives the caller and inherits its descriptors
     if os.fork() == 0:
         os.setsid()
         time.sleep(20)
@@ -257,7 +257,7 @@ if sys.argv[1] == "error":
 
 @linux
 @pytest.mark.parametrize("how", ["exit", "crash", "error", "fork"])
-def test_end_of_the_caller_leaves_nothing(how):
+def test_server_exits_with_its_caller(how):
     with subprocess.Popen(
         [sys.executable, "-c", CALLER, how], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, text=True
     ) as process:
@@ -275,9 +275,9 @@ def test_end_of_the_caller_leaves_nothing(how):
     assert wait_until(lambda: left() == 0)
 
 
-def test_fewer_layers_are_reported_and_required_ones_refused(monkeypatch):
+def test_missing_layers_are_reported_and_required_ones_raise(monkeypatch):
     monkeypatch.setattr(Executor, "_layers", ("rlimits",))
-    monkeypatch.setattr(module, "_warned", set())
+    monkeypatch.setattr(protection, "_warned", set())
     with pytest.warns(UserWarning) as caught, Executor(workers=1, timeout=2, preload=()) as ex:
         assert not ex.protection["network"] and not ex.protection["filesystem"] and ex.protection["rlimits"]
         assert [r.status for r in ex.run(["print(1)", "x", "while True: pass"])] == ["ok", "error", "timeout"]
@@ -285,12 +285,12 @@ def test_fewer_layers_are_reported_and_required_ones_refused(monkeypatch):
         assert [name in str(warning.message) for warning in caught].count(True) >= 1, name
     with pytest.raises(RuntimeError, match="network"):
         Executor(workers=1, preload=(), require=("memory", "network"))
-    assert set(LAYERS) < set(ex.protection)
+    assert set(protection.LAYERS) < set(ex.protection)
 
 
 @linux
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_without_seccomp_descendants_are_found_and_killed(monkeypatch):
+def test_descendants_are_killed_without_seccomp(monkeypatch):
     monkeypatch.setattr(Executor, "_layers", ())
     code = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n"
     with Executor(workers=1, timeout=5, preload=()) as ex:
@@ -300,7 +300,7 @@ def test_without_seccomp_descendants_are_found_and_killed(monkeypatch):
 
 
 @linux
-def test_settings_reach_the_server_without_secrets(ex):
+def test_server_environment_contains_no_secrets(ex):
     os.environ["THOR_TEST_KEY"] = "hunter2"
     try:
         with Executor(workers=1, preload=()) as other:

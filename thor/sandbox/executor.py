@@ -1,15 +1,19 @@
-"""Runs Python snippets that nobody has read, each in a fresh, restricted process, in milliseconds (DESIGN.md 6).
+"""Sandboxed execution of untrusted Python snippets, each in a fresh restricted process, with millisecond latency.
 
-A server of its own (`zygote.py`) has the maths libraries loaded and keeps children forked ahead, waiting for a snippet.
+A separate server process (`server.py`) has the math libraries loaded and keeps a pool of forked children that wait for
+a snippet.
 
-Protects from, as far as `Executor.protection` says so (Linux): reading or changing any file but Python's own, the
-network, signals to and looks into other processes, left-over processes and files, endless time, memory, output, files
-and threads, state that carries over between snippets, and a result that claims success: the status comes from the exit
-status that the kernel reports. What a snippet prints, and the text of its error, are its own words.
+Threat model: as far as `Executor.protection` reports it (Linux), a snippet cannot
+- read or modify files, apart from reading those of Python itself;
+- use the network, or signal and inspect other processes;
+- leave processes, files or state behind;
+- exceed its limits on time, memory, output, files and threads;
+- fake success: the status of a result comes from the exit status that the kernel reports. The output and the error text
+  are under the control of the snippet.
 
-Does NOT protect from: bugs of the kernel, side channels (timing, caches, load), the use of the CPU and memory that a
-snippet is given, or anything on a system without the layers (macOS has few of them): a missing one is warned about by
-name, and `require=` refuses to start without. Against a determined attacker, put all of this in a virtual machine.
+Out of scope: kernel bugs, side channels (timing, caches, load), and the use of the CPU time and memory that a snippet
+is granted. So are systems without the protection layers (macOS has few of them): a warning names each missing layer,
+and `require=` makes a layer mandatory. Against a determined attacker, run everything in a virtual machine.
 """
 
 from __future__ import annotations
@@ -26,52 +30,36 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
 
+from thor.sandbox.protection import LAYERS, check_protection, protection_status
 from thor.sandbox.protocol import CHILD, EXIT_BLOCKED, EXIT_ERROR, EXIT_MEMORY, KILL, RECORD
 from thor.trajectory import ExecResult
 
 OUTPUT_CAP = 2**16  # bytes of stdout kept
-START_LIMIT = 180.0  # seconds for the server to import and warm up
-GRACE = 0.25  # seconds from the kill to the reply, where the end has not been reported yet
-STUCK = 30.0  # seconds without an answer, or without a child for what waits, until the server counts as broken
-RESTARTS = 3  # in a row without any result, before snippets get 'infra'
-GUARANTEES = {  # what users care about, and what its absence means
-    "network": "snippets can use the network",
-    "filesystem": "snippets can read and change files",
-    "processes": "snippets can signal other processes, and leave some behind",
-    "memory": "snippets can use all memory",
-}
-LAYERS = {  # what brings it about, and what its absence leaves to others
-    "net_namespace": "only seccomp, if in force, closes the network",
-    "pid_namespace": "only seccomp, if in force, keeps other processes out of reach",
-    "ipc_namespace": "only seccomp, if in force, closes shared memory",
-    "mount_namespace": "only landlock, if in force, closes files; names are seen; temporary files can fill a disk",
-    "landlock": "only the private root, if in force, closes files",
-    "seccomp": "every system call is open: processes, sockets and kernel interfaces as far as namespaces let them",
-    "rlimits": "memory, CPU, file sizes and threads are not all limited",
-    "unprivileged": "snippets run as root, if without its capabilities",
-    "no_capabilities": "snippets keep the rights of this process",
-    "no_new_privs": "set-uid programs can raise the rights of a snippet",
-}
+START_TIMEOUT = 180.0  # seconds for the server to import and warm up
+KILL_GRACE = 0.25  # seconds after a kill until the result is delivered even if the server has not reported the exit
+STALL_TIMEOUT = 30.0  # seconds without a response, or without a free child for a queued snippet: the server is broken
+MAX_RESTARTS = 3  # restarts without any result in between, after which queued snippets get 'infra'
 SIGNALS = {int(number): number.name for number in signal.Signals}
-_warned: set[str] = set()
 _executors: weakref.WeakSet[Executor] = weakref.WeakSet()
 
 
 class Job:
-    """A snippet and the future that waits for it."""
+    """A snippet and the future of its result."""
 
     def __init__(self, code: str):
         self.source, self.future, self.tries = code.encode("utf-8", "surrogatepass"), Future(), 0
 
 
 class Child:
-    """One forked child: `channel` takes the code and gives the error line, `out` is its stdout."""
+    """The executor's view of one forked child.
+
+    channel: socket that carries the code to the child and the error line back. out: descriptor of its stdout.
+    """
 
     def __init__(self, pid: int, channel: socket.socket, out: int):
         self.pid, self.channel, self.out = pid, channel, out
@@ -85,18 +73,21 @@ class Child:
 
 
 class Executor:
-    """A pool of restricted interpreters; thread-safe. Use it as a context manager, or call `close()`.
+    """A thread-safe pool of restricted Python interpreters. Use it as a context manager, or call `close()`.
 
-    workers: snippets at a time (default: the CPUs this process may use). timeout: seconds, of wall clock and of CPU.
-    memory_mb: MiB of address space for a snippet, beyond the loaded libraries. preload: modules imported beforehand,
-    those that are not installed are skipped. require: names in `protection` without which to refuse to start.
+    workers: number of snippets that run in parallel (default: the CPUs available to this process).
+    timeout: limit of a snippet in seconds, for wall clock time and for CPU time.
+    memory_mb: limit on the address space of a snippet in MiB, in addition to the loaded libraries.
+    preload: modules that the server imports in advance; modules that are not installed are skipped.
+    require: names in `protection` that must be available.
 
-    `protection`: name -> whether it holds here, for the names in `GUARANTEES` and in `LAYERS`.
+    `protection` maps the names in `protection.GUARANTEES` and `protection.LAYERS` to whether each is in force.
 
-    Raises ValueError for arguments out of range, RuntimeError where the server cannot start or `require` is not met.
+    Raises ValueError for arguments out of range or unknown names in `require`, and RuntimeError if the server does not
+    start or a required protection is not available.
     """
 
-    _layers = tuple(LAYERS)  # tests and benchmarks try fewer
+    _layers = tuple(LAYERS)  # tests and benchmarks use fewer
 
     def __init__(
         self,
@@ -116,19 +107,20 @@ class Executor:
             "timeout": timeout,
             "memory_mb": memory_mb,
             "preload": tuple(preload),
-            "output_cap": OUTPUT_CAP + 1,  # one more, to know that there was more
+            "output_cap": OUTPUT_CAP + 1,  # one byte more, to detect that there was more
             "children": 2 * self.workers + 1,
             "layers": self._layers,
-            "caller": os.getpid(),  # only for whoever looks at a list of processes
+            "caller": os.getpid(),  # unused by the server; identifies this process in process lists
         }
         self._queue: deque[Job] = deque()
         self._children: dict[int, Child] = {}
         self._idle: deque[Child] = deque()
         self._running = self._restarts = 0
-        self._closing, self._alive, self._starved = False, True, 0.0  # starved: since when snippets lack a child
+        self._closing, self._alive = False, True
+        self._starved = 0.0  # time since when queued snippets lack a free child; 0 if they do not
         self._process: subprocess.Popen | None = None
         self._folder = ""
-        self._lock = threading.Lock()  # guards _queue's tail and _closing; everything else belongs to the loop's thread
+        self._lock = threading.Lock()  # guards appends to _queue, and _closing; the loop thread owns everything else
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         self._selector = selectors.DefaultSelector()
@@ -149,11 +141,14 @@ class Executor:
         self.close()
 
     def run(self, codes: list[str]) -> list[ExecResult]:
-        """Results in the order of `codes`; the snippets run concurrently."""
+        """Run the snippets concurrently and return their results in the order of `codes`."""
         return [future.result() for future in [self.submit(code) for code in codes]]
 
     def submit(self, code: str) -> Future[ExecResult]:
-        """Queue one snippet. Its future always gets an ExecResult, never an exception."""
+        """Queue one snippet. The future always receives an ExecResult, never an exception.
+
+        Raises RuntimeError if the executor is closed.
+        """
         job = Job(code)
         with self._lock:
             if self._closing:
@@ -163,40 +158,42 @@ class Executor:
         return job.future
 
     def close(self) -> None:
-        """Kill what runs, end the server and wait for both; snippets that are not done get 'infra'."""
+        """Kill running snippets, stop the server and wait for both. Unfinished snippets get 'infra'. Idempotent."""
         with self._lock:
             if not self._closing:
                 self._closing = True
                 self._wake()
         self._thread.join()
 
-    # ------------------------------------------------------------------------------------------ the loop's thread
+    # ---- event loop (runs in its thread) ----
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: the loop is about to wake anyway
+        with contextlib.suppress(BlockingIOError):  # the pipe is full, so the loop will wake anyway
             os.write(self._wake_write, b"w")
 
     def _loop(self) -> None:
         try:
             while not self._closing:
-                if not self._alive and (self._queue or self._restarts < RESTARTS):
-                    self._revive()
+                if not self._alive and (self._queue or self._restarts < MAX_RESTARTS):
+                    self._restart_server()
                 self._dispatch()
                 starved = bool(self._queue) and not self._idle and self._running < self.workers
                 self._starved = (self._starved or time.monotonic()) if starved else 0.0
-                for key, _ in self._selector.select(self._patience()):
-                    if self._selector.get_map().get(key.fd) is key:  # an earlier event of this round may have closed it
+                for key, _ in self._selector.select(self._next_deadline()):
+                    if self._selector.get_map().get(key.fd) is key:  # an earlier event may have closed it
                         key.data()
                 self._check_deadlines()
-        finally:  # whatever happens, nobody waits for a future for ever
+        finally:  # resolve all futures, whatever happens
             self._shut_down()
 
-    def _patience(self) -> float | None:
+    def _next_deadline(self) -> float | None:
+        """Seconds until the next deadline, or None."""
         deadlines = [child.deadline for child in self._children.values() if child.job]
-        deadlines += [self._starved + STUCK] if self._starved else []
+        deadlines += [self._starved + STALL_TIMEOUT] if self._starved else []
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _dispatch(self) -> None:
+        """Hand queued snippets to idle children, up to the number of workers."""
         while self._queue and self._idle and self._running < self.workers:
             job = self._queue.popleft()
             if job.tries == 0 and not job.future.set_running_or_notify_cancel():
@@ -211,6 +208,10 @@ class Executor:
     def _watch(self, child: Child, events: int) -> None:
         self._selector.modify(child.channel, events, lambda: self._on_channel(child))
 
+    def _unwatch(self, fileobj: socket.socket | int) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(fileobj)
+
     def _send(self, child: Child) -> None:
         try:
             while child.unsent:
@@ -219,24 +220,11 @@ class Executor:
             self._watch(child, selectors.EVENT_READ)
         except BlockingIOError:
             self._watch(child, selectors.EVENT_READ | selectors.EVENT_WRITE)
-        except OSError:  # it ended; the server will say how
+        except OSError:  # the child ended; the server will report how
             child.unsent = memoryview(b"")
 
-    def _on_channel(self, child: Child) -> None:
-        if child.unsent:
-            self._send(child)
-        data = self._read(child.channel, child.channel.fileno())
-        if data and not child.ready:
-            child.ready, data = True, data[1:]
-            self._idle.append(child)
-        child.error += data[: 2**13 - len(child.error)]
-
-    def _on_out(self, child: Child) -> None:
-        data = self._read(child.out, child.out)
-        child.stdout += data[: OUTPUT_CAP + 1 - len(child.stdout)]
-
     def _read(self, fileobj: socket.socket | int, fd: int) -> bytes:
-        """What there is to read now; stops watching at the end of the file."""
+        """Return the data that is available now. At end of file, stop watching `fileobj`."""
         try:
             data = os.read(fd, 2**16)
         except BlockingIOError:
@@ -247,9 +235,18 @@ class Executor:
             self._unwatch(fileobj)
         return data
 
-    def _unwatch(self, fileobj: socket.socket | int) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(fileobj)
+    def _on_channel(self, child: Child) -> None:
+        if child.unsent:
+            self._send(child)
+        data = self._read(child.channel, child.channel.fileno())
+        if data and not child.ready:  # the first byte is READY
+            child.ready, data = True, data[1:]
+            self._idle.append(child)
+        child.error += data[: 2**13 - len(child.error)]
+
+    def _on_out(self, child: Child) -> None:
+        data = self._read(child.out, child.out)
+        child.stdout += data[: OUTPUT_CAP + 1 - len(child.stdout)]
 
     def _on_control(self) -> None:
         try:
@@ -269,27 +266,48 @@ class Executor:
 
     def _on_exit(self, child: Child, status: int, cpu: float, peak: int) -> None:
         for fileobj, read in ((child.channel, self._on_channel), (child.out, self._on_out)):
-            for _ in range(64):  # what is still in the pipe; not until its end, which a descendant may hold open
+            for _ in range(64):  # drain the pipe, but do not wait for its end: a descendant may hold it open
                 if fileobj in self._selector.get_map():
                     read(child)
         if child.job:
             self._restarts = 0
-            self._finish(child, self._judge(child, status, cpu, peak))
+            self._finish(child, self._result(child, status, cpu, peak))
         elif child in self._idle:
             self._idle.remove(child)
         self._forget(child)
         if not child.ready:
-            print(f"executor: a child could not be restricted (status {status})", file=sys.stderr)
+            print(f"Executor: a child failed to apply its restrictions (wait status {status})", file=sys.stderr)
             self._server_died()
 
-    def _judge(self, child: Child, status: int, cpu: float, peak: int) -> ExecResult:
-        """The result, told from how the process ended; `stdout` and `error` are only its words."""
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        if self._starved and now > self._starved + STALL_TIMEOUT:
+            self._server_died()
+        for child in [c for c in self._children.values() if c.job and c.deadline <= now]:
+            if not child.killed:
+                child.killed, child.deadline = True, now + KILL_GRACE
+                with contextlib.suppress(OSError):  # _on_control notices a dead server
+                    self._control.sendall(RECORD.pack(KILL, child.pid, 0, 0.0, 0))
+            elif not child.answered:
+                child.deadline = now + STALL_TIMEOUT
+                self._finish(child, self._result(child, 0, 0.0, 0))
+            else:
+                self._server_died()
+                return
+
+    # ---- results ----
+
+    def _result(self, child: Child, status: int, cpu: float, peak: int) -> ExecResult:
+        """Derive the result from how the process ended. `child.stdout` and `child.error` cannot fake a success.
+
+        status: wait status. cpu: seconds. peak: resident memory in KiB.
+        """
         stdout = child.stdout[:OUTPUT_CAP].decode("utf-8", "replace")
         if len(child.stdout) > OUTPUT_CAP:
             stdout += f"\n... (output cut after {OUTPUT_CAP} bytes)\n"
         text = child.error.decode("utf-8", "replace")
         code = os.waitstatus_to_exitcode(status)
-        if child.killed or (code == -signal.SIGKILL and cpu > math.ceil(self.timeout) - 0.1):  # or RLIMIT_CPU
+        if child.killed or (code == -signal.SIGKILL and cpu > math.ceil(self.timeout) - 0.1):  # or by RLIMIT_CPU
             kind, text = "timeout", f"TimeoutError: no result within {self.timeout:g} s"
         elif code == EXIT_MEMORY or (code == -signal.SIGKILL and peak > self.memory_mb * 512):
             kind, text = "memory", text or "MemoryError"
@@ -318,23 +336,13 @@ class Executor:
         self._running -= child.job is not None
         del self._children[child.pid]
 
-    def _check_deadlines(self) -> None:
-        now = time.monotonic()
-        if self._starved and now > self._starved + STUCK:
-            self._server_died()
-        for child in [c for c in self._children.values() if c.job and c.deadline <= now]:
-            if not child.killed:
-                child.killed, child.deadline = True, now + GRACE
-                with contextlib.suppress(OSError):  # a dead server is noticed when reading
-                    self._control.sendall(RECORD.pack(KILL, child.pid, 0, 0.0, 0))
-            elif not child.answered:
-                child.deadline = now + STUCK
-                self._finish(child, self._judge(child, 0, 0.0, 0))
-            else:
-                self._server_died()
-                return
+    def _fail_queue(self, reason: str) -> None:
+        while self._queue:
+            job = self._queue.popleft()
+            if job.tries or job.future.set_running_or_notify_cancel():
+                job.future.set_result(ExecResult("infra", error=reason))
 
-    # ------------------------------------------------------------------------------------------ the server process
+    # ---- server process ----
 
     def _start_server(self) -> None:
         self._control, theirs = socket.socketpair()
@@ -355,60 +363,42 @@ class Executor:
         )
         theirs.close()
         self._selector.register(self._control, selectors.EVENT_READ, self._on_control)
-        self._control.settimeout(START_LIMIT)
+        self._control.settimeout(START_TIMEOUT)
         hello = b""
         while not hello.endswith(b"\n"):
             part = self._control.recv(1)
             if not part:
-                raise RuntimeError("the executor's server did not start; what it said is on stderr")
+                raise RuntimeError("the executor's server process did not start; see its messages on stderr")
             hello += part
         self._control.settimeout(None)
         state = json.loads(hello)
         self._folder = state["folder"]
-        self._check_protection({name: name in state["layers"] for name in LAYERS})
-
-    def _check_protection(self, layers: dict[str, bool]) -> None:
-        seccomp, root = layers["seccomp"], layers["mount_namespace"]
-        self.protection = {
-            "network": seccomp or (layers["net_namespace"] and root),  # unix sockets are files
-            "filesystem": root or (layers["landlock"] and seccomp),  # landlock knows no chmod
-            "processes": seccomp or layers["pid_namespace"],
-            "memory": layers["rlimits"],
-        } | layers
-        unknown = [name for name in self._require if name not in self.protection]
-        if unknown:
-            raise ValueError(f"require={unknown}: unknown; there are {', '.join(self.protection)}")
-        lacking = [name for name in self._require if not self.protection[name]]
-        if lacking:
-            raise RuntimeError(f"require={lacking}: not available on this system")
-        for name, meaning in (GUARANTEES | LAYERS).items():
-            if not self.protection[name] and name not in _warned:
-                _warned.add(name)
-                warnings.warn(f"executor: this system has no protection '{name}': {meaning}", stacklevel=4)
+        self.protection = protection_status(state["layers"])
+        check_protection(self.protection, self._require)
 
     def _server_died(self) -> None:
-        """What ran gets one more try, unless the server keeps dying."""
+        """Drop the server. Running snippets get a second attempt, unless the server keeps dying."""
         self._alive, self._starved = False, 0.0
         for child in self._children.values():
             if child.job and not child.answered and child.job.tries < 2:
                 child.answered = True
                 self._queue.appendleft(child.job)
         self._drop_server("the executor's server died while this ran")
-        if self._restarts >= RESTARTS:
+        if self._restarts >= MAX_RESTARTS:
             self._fail_queue("the executor's server keeps dying")
 
-    def _revive(self) -> None:
+    def _restart_server(self) -> None:
         self._restarts += 1
         try:
             self._start_server()
             self._alive = True
         except (RuntimeError, OSError) as error:
-            print(f"executor: {error}", file=sys.stderr)
+            print(f"Executor: {error}", file=sys.stderr)
             self._server_died()
 
     def _drop_server(self, reason: str) -> None:
         self._unwatch(self._control)
-        self._control.close()  # the server ends when it sees this
+        self._control.close()  # the server exits when it notices
         self._idle.clear()
         for child in list(self._children.values()):
             if child.job:
@@ -423,12 +413,6 @@ class Executor:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _fail_queue(self, reason: str) -> None:
-        while self._queue:
-            job = self._queue.popleft()
-            if job.tries or job.future.set_running_or_notify_cancel():
-                job.future.set_result(ExecResult("infra", error=reason))
-
     def _shut_down(self) -> None:
         self._drop_server("the executor was closed")
         with self._lock:
@@ -439,7 +423,7 @@ class Executor:
             os.close(self._wake_write)
 
     def _abandon(self) -> None:
-        """In a fork of the caller: let go of the server, which must see its end when the caller ends."""
+        """In a fork of the caller: close the inherited descriptors, so that the server notices when the caller ends."""
         self._closing, self._lock = True, threading.Lock()
         self._control.close()
         self._selector.close()
