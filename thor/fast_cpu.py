@@ -1,9 +1,11 @@
-"""What makes float32 fast and small on a CPU: linear layers multiplied by oneDNN, and less kept for their gradients.
+"""Optional: faster float32 models on the CPU.
 
-torch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors alone; oneDNN, which torch carries
-for other types, uses it wherever it is there. On an AMD Zen 5 that is 2 to 3 times as fast, forward and backward, and
-where a few rows meet the weights once more than that, if these are laid out beforehand (`pack`). Sums are rounded in
-another order, nothing else changes. On other machines, devices and types the layers stay torch's own.
+`optimize_for_cpu(model)` is the only entry point that the library uses, and the library also works without this file.
+
+PyTorch multiplies float32 matrices with MKL, which uses AVX-512 only on Intel processors. oneDNN, which PyTorch ships
+for other dtypes, uses AVX-512 wherever the processor has it. On an AMD Zen 5, oneDNN is 2 to 3 times as fast in the
+forward and backward pass, and faster again for small batches if the weights are packed (reordered) in advance. Results
+differ from MKL in rounding only. Other processors, devices and dtypes keep PyTorch's own kernels.
 
 Shapes: T rows (tokens), K inputs, N outputs.
 """
@@ -12,58 +14,123 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-# private names of torch's own compiler, there since 2.0; without them torch's matmul serves
+# Private operators of PyTorch's compiler, present since 2.0. Without them, layers keep PyTorch's own matmul.
 AVAILABLE = (
     platform.machine() in ("x86_64", "AMD64")
     and torch.backends.mkldnn.is_available()
     and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
 )
-MANY = 8192  # outputs above which the gradient of a weight (the vocabulary projection's) is computed in parts
-PACK_ROWS = 64  # rows that the packed layout is chosen for; any number may be multiplied with it
+GRADIENT_BLOCK = 8192  # outputs; the weight gradient of a wider layer (the vocabulary projection) is computed in blocks
+PACKED_ROWS = 64  # batch size the packed layout is tuned for; it accepts any batch size
+
+
+def optimize_for_cpu(model: PreTrainedModel) -> None:
+    """Make a float32 model faster and smaller on the CPU, in place. Idempotent.
+
+    Parameters and their names stay the same. The packed weights are a second copy: it exists only while the model
+    runs in inference mode, and any other forward pass of `model.base_model` frees it.
+    """
+    if any(isinstance(hook, _FreeAfterInference) for hook in model.base_model._forward_pre_hooks.values()):
+        return
+    use_onednn(model)
+    save_fewer_activations(model)
+    keep_freed_memory()
+    layers = [module for module in model.modules() if isinstance(module, OneDNNLinear)]
+    model.base_model.register_forward_pre_hook(_FreeAfterInference(layers))
+
+
+class _FreeAfterInference:
+    """Forward pre-hook: the first pass outside inference mode frees what sampling has left in memory.
+
+    An object and not a closure, so that `copy.deepcopy(model)` gives the copy a hook for its own layers.
+    """
+
+    def __init__(self, layers: list[OneDNNLinear]) -> None:
+        self.layers, self.sampling = layers, False
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if torch.is_inference_mode_enabled():
+            self.sampling = True
+        elif self.sampling:
+            self.sampling = False
+            for layer in self.layers:
+                layer.packed = None
+            release_freed_memory()
+
+
+# ---- linear layers --------------------------------------------------------------------------------------------------
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Have every nn.Linear of `model` multiply by oneDNN wherever it can; parameters and their names stay."""
+    """Make every nn.Linear in `model` multiply with oneDNN, if it is available."""
     for module in model.modules() if AVAILABLE else ():
         if type(module) is nn.Linear:
             module.__class__ = OneDNNLinear
 
 
-def pack(model: nn.Module) -> None:
-    """Lay the weights out for fast use without gradients, as a second copy; after a change of weights, do so anew."""
-    for module in model.modules():
-        if isinstance(module, OneDNNLinear) and module.suits(module.weight):
-            module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), PACK_ROWS)
+_optimizer_steps = 0  # taken by any optimizer in this process
 
 
-def unpack(model: nn.Module) -> None:
-    """Drop the copy."""
-    for module in model.modules():
-        if isinstance(module, OneDNNLinear):
-            module.packed = None
+def _count_optimizer_step(*_) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimizers change a parameter without incrementing its `_version`.
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+@dataclass(slots=True)
+class PackedWeight:
+    """A packed copy of a weight, and what identifies the values that it was made from.
+
+    A write through `weight.data` changes neither, so it goes unnoticed, as it does in autograd.
+    """
+
+    tensor: torch.Tensor
+    source: torch.Tensor  # shares the weight's memory, so that no later weight can have the same address
+    version: tuple[int, int]
 
 
 class OneDNNLinear(nn.Linear):
-    packed: torch.Tensor | None = None
+    """nn.Linear with oneDNN kernels. In inference mode it packs its weight, again whenever the weight has changed."""
+
+    packed: PackedWeight | None = None
 
     @staticmethod
-    def suits(tensor: torch.Tensor) -> bool:
+    def supports(tensor: torch.Tensor) -> bool:
         return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [..., T, K] -> [..., T, N]"""
-        if not self.suits(input):
+        if not self.supports(input):
             return super().forward(input)
-        if self.packed is not None and not torch.is_grad_enabled():
-            return multiply(input, self.packed, self.bias)
-        return _Linear.apply(input, self.weight, self.bias)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]  # faster than nn.Module's __getattr__
+        if torch.is_inference_mode_enabled() and not weight.is_inference():  # inference tensors have no version
+            return multiply(input, self._packed(weight), bias)
+        return _Linear.apply(input, weight, bias)
+
+    def _packed(self, weight: torch.Tensor) -> torch.Tensor:
+        packed, version = self.packed, (weight._version, _optimizer_steps)
+        if packed is None or packed.version != version or packed.source.data_ptr() != weight.data_ptr():
+            self.packed = packed = None  # free the old copy first
+            tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS)
+            self.packed = packed = PackedWeight(tensor, weight.detach(), version)
+        return packed.tensor
+
+    def __getstate__(self) -> dict:
+        """Copies of the layer are made without the packed weight: PyTorch cannot copy a packed tensor."""
+        return self.__dict__ | {"packed": None}
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -90,32 +157,35 @@ class _Linear(torch.autograd.Function):
 def _weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dW = dy^T x, [N, K]"""
     dy, x = dy.flatten(0, -2), x.flatten(0, -2)
-    if dy.shape[1] <= MANY:
+    if dy.shape[1] <= GRADIENT_BLOCK:
         return multiply(dy.t(), x.t())
     dw = torch.empty(dy.shape[1], x.shape[1])
-    for rows, few in zip(dw.split(MANY), dy.split(MANY, 1), strict=True):  # oneDNN makes a copy of dy^T
-        rows.copy_(multiply(few.t(), x.t()))
+    # oneDNN copies its transposed input, so blocks bound the size of that copy
+    for dw_block, dy_block in zip(dw.split(GRADIENT_BLOCK), dy.split(GRADIENT_BLOCK, 1), strict=True):
+        dw_block.copy_(multiply(dy_block.t(), x.t()))
     return dw
 
 
-# ---- less to keep for the backward pass -----------------------------------------------------------------------------
+# ---- activations ----------------------------------------------------------------------------------------------------
 
 
-def keep_less(model: nn.Module) -> None:
-    """Have norms and gated MLPs keep what they are given, and compute again what they made of it element by element.
+def save_fewer_activations(model: nn.Module) -> None:
+    """Make norms and gated MLPs save only their inputs for the backward pass and recompute elementwise results there.
 
-    A third less is kept, for no more time. Without gradients nothing changes. Twice on one model is as once.
+    Saves a third of the activation memory at no cost in time. Passes without gradients are not affected. Idempotent.
     """
     for module in model.modules():
         if "forward" in vars(module):
             continue
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_recomputed, module.forward)  # not a closure: copies of the model have their own
+            # a partial and not a closure: a deep copy of the model then calls its own module
+            module.forward = partial(_recomputed, module.forward)
         elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             lean, down = partial(_gated_mlp, module, module.forward), module.down_proj
             x = torch.linspace(-1.0, 1.0, module.gate_proj.in_features)
-            x = torch.stack([x, 1e4 * x])  # large values too, which some clamp
-            if AVAILABLE and OneDNNLinear.suits(down.weight) and down.bias is None and torch.equal(lean(x), module(x)):
+            x = torch.stack([x, 1e4 * x])  # large values too, because some MLPs clamp them
+            supported = AVAILABLE and OneDNNLinear.supports(down.weight) and down.bias is None
+            if supported and torch.equal(lean(x), module(x)):
                 module.forward = lean
 
 
@@ -126,13 +196,13 @@ def _recomputed(forward, *args, **kwargs):
 
 
 def _gated_mlp(mlp: nn.Module, forward, x: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled() or not OneDNNLinear.suits(x):
+    if not torch.is_grad_enabled() or not OneDNNLinear.supports(x):
         return forward(x)
     return _GatedLinear.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj.weight, mlp.act_fn)
 
 
 class _GatedLinear(torch.autograd.Function):
-    """(act(gate) * up) weight^T, of which only gate and up are kept."""
+    """(act(gate) * up) weight^T, which saves only gate and up."""
 
     @staticmethod
     def forward(ctx, gate, up, weight, act):
@@ -154,23 +224,23 @@ class _GatedLinear(torch.autograd.Function):
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGE = 1 << 25  # bytes, the most that glibc takes for the second; above, its holes would cost more than new pages
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+MMAP_THRESHOLD = 1 << 25  # bytes, the maximum that glibc allows; larger blocks would fragment the heap too much
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep the memory of freed tensors up to LARGE for the next ones (Linux with glibc).
+    """Make malloc reuse the memory of freed tensors up to MMAP_THRESHOLD (Linux with glibc; no effect elsewhere).
 
-    By default they often get new pages, which the kernel clears first: sampling a token of 64 rows takes 10 to 40 ms
-    instead of 4.
+    By default such tensors often get new pages, which the kernel has to clear first: sampling a token for 64 rows then
+    takes 10 to 40 ms instead of 4.
     """
     if hasattr(_libc, "mallopt") and hasattr(_libc, "malloc_trim"):
-        _libc.mallopt(M_MMAP_THRESHOLD, LARGE)
+        _libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         _libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def release_freed_memory() -> None:
-    """Give what is kept back to the system."""
+    """Return freed memory to the operating system."""
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
 

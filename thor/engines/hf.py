@@ -21,7 +21,6 @@ from thor.attention import common_prefix, use_layout_attention
 from thor.distributed import free_memory
 from thor.engines.base import Completion, OpenTurn, Request
 from thor.engines.kv_cache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token
-from thor.fast_cpu import pack, release_freed_memory, unpack, use_onednn
 from thor.settings import UserError
 
 WORTH_A_STEP = 64  # tokens of a prefix for which it waits until another one has computed them
@@ -50,18 +49,13 @@ class HFEngine:
         share: float = 0.5,
     ) -> None:
         use_layout_attention(model)
-        use_onednn(model)
         self.model, self.tokenizer = model, tokenizer
-        self.packed = False
         self.prefill_tokens = prefill_tokens
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         if kv_tokens is None:
-            free = free_memory(model.device)
-            if model.device.type == "cpu":
-                free -= sum(p.nbytes for p in model.parameters())  # the packed copy, see thor.fast_cpu
-            kv_tokens = max(0, int(share * free)) // bytes_per_token(model)
+            kv_tokens = int(share * free_memory(model.device)) // bytes_per_token(model)
         self.queue: deque[Request] = deque()
         self.rows = Store(model, max_rows, kv_tokens - kv_tokens // 4)
         self.prefixes = Store(model, max_rows, kv_tokens // 4)
@@ -106,20 +100,14 @@ class HFEngine:
         if self.has_work():
             raise RuntimeError("put to sleep while requests were being sampled")
         self._clear()
-        release_freed_memory()
 
     def _clear(self) -> None:
         """Forget all that was computed with the present weights."""
         self.rows.clear()
         self.prefixes.clear()
-        unpack(self.model)
-        self.packed = False
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        if not self.packed:
-            pack(self.model)
-            self.packed = True
         self.clock += 1
         self._admit()
         self.rows.compact(lambda row: row.ready and row.pending == 1)
