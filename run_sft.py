@@ -3,70 +3,54 @@
     python run_sft.py                                   # the demo model on runs/tirgen/tir.jsonl
     python run_sft.py --data tir.jsonl --model Qwen/Qwen2.5-Math-7B --lr 2e-6 --batch 128 --out runs/sft-7b
 
-    L = - sum over action tokens of log p(token | before) / number of action tokens of the whole batch
+    L = - sum over action tokens of log p(token | tokens before it) / number of action tokens of the whole batch
 
-Tool output is read but never learned: its tokens have action_mask 0. Writes <out>/final, a Hugging Face folder, and
-<out>/eval.json with the scores on 64 held-out synthetic problems, before (eval_base.json) and after.
+The model reads tool output but never learns it: those tokens have action_mask 0. Writes <out>/final, a Hugging Face
+folder, and the scores on 64 held-out synthetic problems before (eval_base.json) and after (eval.json).
 """
 
 from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from thor.demo.model import DEMO_MODEL
-from thor.distributed import barrier, rank, start_ranks, workers
+from thor.distributed import barrier, cpu_workers, rank, start_ranks
 from thor.engines import HFEngine
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
 from thor.prompts import render_prompt
 from thor.run_folder import Run
 from thor.sandbox import Executor
-from thor.settings import UserError, at_least, derive_seed, parse_settings, run_main, user_errors
+from thor.settings import UserError, derive_seed, parse_settings, run_main, setting, user_errors
 from thor.text import encode
-from thor.training.model import checkpoint_gradients, load_model, policy_parameters, sampling_copy, save_model, shard
-from thor.training.trainer import MAX_SKIPPED, dump_skipped, not_finite, optimizer_step, restore, save_checkpoint
+from thor.training.model import load_model, policy_parameters, sampling_copy, save_model
+from thor.training.scoring import Scores
+from thor.training.trainer import Batch, Sample, Trainer, TrainSettings
 from thor.trajectory import Problem, Trajectory
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Flags of run_sft.py."""
+class Settings(TrainSettings):
+    """Flags of run_sft.py, beside those of TrainSettings."""
 
-    data: str = field(default="runs/tirgen/tir.jsonl", metadata={"help": "trajectories from run_tirgen.py"})
-    model: str = field(default=DEMO_MODEL, metadata={"help": "demo name, folder or hub id"})
-    epochs: int = field(default=3, metadata={"help": "passes over the data (paper: 3)"})
-    batch: int = field(default=16, metadata={"help": "trajectories per optimizer step (paper: 128)"})
-    lr: float = field(default=1e-4, metadata={"help": "learning rate, constant after the warm-up (paper: 2e-6)"})
-    warmup: float = field(
-        default=0.05, metadata={"help": "share of the steps over which lr rises from 0 (paper: 0.05)"}
-    )
-    weight_decay: float = field(default=0.0, metadata={"help": "of AdamW"})
-    max_length: int = field(
-        default=1024, metadata={"help": "longer trajectories are left out, in tokens (paper: 20,000)"}
-    )
-    clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
-    max_tokens_per_micro_batch: int = field(
-        default=1024, metadata={"help": "distinct tokens in one forward and backward pass"}
-    )
-    tree: bool = field(default=True, metadata={"help": "compute shared prefixes once; the result is equal"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory for a third more computing"})
-    save_every: int = field(default=10, metadata={"help": "optimizer steps between checkpoints"})
-    keep: int = field(default=2, metadata={"help": "checkpoints that are kept, the newest"})
-    evaluate: bool = field(default=True, metadata={"help": "score held-out problems before and after"})
-    device: str = field(default="auto", metadata={"help": "'cpu', 'cuda', or 'auto'"})
-    rank_timeout: float = field(default=3600.0, metadata={"help": "seconds a rank waits for the others, at most"})
-    seed: int = field(default=0, metadata={"help": "of the order of the data"})
-    out: str = field(default="runs/sft", metadata={"help": "run folder to write"})
-    resume: bool = field(default=False, metadata={"help": "go on in the run folder --out"})
+    data: str = setting("runs/tirgen/tir.jsonl", "trajectories from run_tirgen.py", "data")
+    max_length: int = setting(1024, "skip longer trajectories, in tokens (paper: 20,000)", "data")
+    model: str = setting(DEMO_MODEL, "name of the demo model, folder or hub id", "model")
+    epochs: int = setting(3, "passes over the data (paper: 3)", "optimisation", min=1)
+    batch: int = setting(16, "trajectories per optimizer step (paper: 128)", "optimisation", min=1)
+    lr: float = setting(1e-4, "learning rate, constant after the warm-up (paper: 2e-6)", "optimisation")
+    warmup: float = setting(0.05, "share of the steps in which lr rises from 0 (paper: 0.05)", "optimisation")
+    save_every: int = setting(10, "optimizer steps between checkpoints", "run", min=1)
+    evaluate: bool = setting(True, "score held-out problems before and after", "run")
+    out: str = setting("runs/sft", "run folder to write", "run")
 
 
 def load_trajectories(path: str, tokenizer) -> list[Trajectory]:
-    """tir.jsonl as token ledgers; what the policy wrote has mask 1 and ends with EOS, tool output has mask 0."""
+    """tir.jsonl as token ledgers. Raises UserError, which names the line at fault."""
     trajectories = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -77,15 +61,15 @@ def load_trajectories(path: str, tokenizer) -> list[Trajectory]:
             segments = [(segment["text"], segment["sampled"]) for segment in row["segments"]]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"--data {path}:{number}: {what}; a row of run_tirgen.py is wanted") from error
+            raise UserError(f"--data {path}:{number}: {what}; must be a row of run_tirgen.py") from error
         trajectories.append(to_ledger(problem, segments, tokenizer))
     if not trajectories:
-        raise UserError(f"--data {path}: empty; run_tirgen.py writes it")
+        raise UserError(f"--data {path}: is empty; run_tirgen.py writes it")
     return trajectories
 
 
 def to_ledger(problem: Problem, segments: list[tuple[str, bool]], tokenizer) -> Trajectory:
-    """Encode each segment on its own: exactly what a rollout would have appended."""
+    """Encode each segment separately, as a rollout would. segments: (text, was it written by the policy?)."""
     trajectory = Trajectory(problem, render_prompt(tokenizer, problem.question), finish="stop", reward=1.0)
     for text, sampled in segments:
         ids = encode(tokenizer, text)
@@ -97,13 +81,13 @@ def to_ledger(problem: Problem, segments: list[tuple[str, bool]], tokenizer) -> 
     return trajectory
 
 
-def sft_loss(logp: torch.Tensor, tokens: int) -> torch.Tensor:
-    """-sum(logp) / tokens, with logp [N] of a micro-batch and the number of action tokens in the whole batch."""
-    return -logp.sum() / tokens
+def sft_loss(batch: Batch, scores: Scores) -> tuple[torch.Tensor, dict[str, float]]:
+    """-sum(logp) / action tokens of the optimizer batch, for the N tokens of a micro-batch. Returns (loss, {})."""
+    return -scores.logp.sum() / batch.counts.trajectory, {}
 
 
 def batches_of(count: int, settings: Settings) -> list[list[int]]:
-    """Indices of each optimizer step: a new order each epoch, all rows used, the last batch of an epoch is smaller."""
+    """Row numbers of each optimizer step. Each epoch has a new order and uses all rows; its last batch may be small."""
     steps = []
     for epoch in range(settings.epochs):
         order = list(range(count))
@@ -112,55 +96,17 @@ def batches_of(count: int, settings: Settings) -> list[list[int]]:
     return steps
 
 
-def train(model, sequences: list[list[int]], scored: list[list[int]], run: Run, settings: Settings) -> None:
-    """All optimizer steps, from the run's checkpoint if there is one. scored: positions of the action tokens."""
-    if settings.gradient_checkpointing:
-        checkpoint_gradients(model)
-    shard(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
-    )
-    progress = restore(run, model, optimizer) or {"step": 0, "skipped_in_a_row": 0}
-    start, in_a_row = progress["step"], progress["skipped_in_a_row"]
-    run.rewind("metrics.jsonl", lambda record: record["step"] < start)
-    steps = batches_of(len(sequences), settings)
-    bar = tqdm(total=len(steps), initial=start, desc="sft", unit="step", disable=rank() > 0)
-    for step in range(start, len(steps)):
+def train(model, trajectories: list[Trajectory], run: Run, settings: Settings) -> None:
+    """All optimizer steps, from the run's checkpoint if there is one."""
+    trainer = Trainer(model, run, settings)
+    steps = batches_of(len(trajectories), settings)
+    for step in trainer.iterations(len(steps), "sft", "step"):
         lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup * len(steps)))
-        optimizer.param_groups[0]["lr"] = lr
-        batch = steps[step]
-        tokens = sum(len(scored[b]) for b in batch)
-        logps: dict[int, list[float]] = {}  # of what this rank computes, to look at if the step is skipped
-
-        def loss_of(members, scores, batch=batch, tokens=tokens, logps=logps) -> torch.Tensor:
-            parts = scores.logp.detach().split([len(scored[batch[i]]) for i in members])
-            logps.update((batch[i], part.tolist()) for i, part in zip(members, parts, strict=True))
-            return sft_loss(scores.logp, tokens)
-
-        metrics = optimizer_step(
-            model,
-            optimizer,
-            [sequences[b] for b in batch],
-            [scored[b] for b in batch],
-            loss_of,
-            max_tokens_per_micro_batch=settings.max_tokens_per_micro_batch,
-            clip=settings.clip,
-            tree=settings.tree,
-        )
-        run.log(step, {**metrics, "lr": lr, "tokens": tokens})
-        bar.update()
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-        in_a_row = in_a_row + 1 if metrics["skipped"] else 0
-        if metrics["skipped"]:
-            records = [{"token_ids": sequences[b], "scored": scored[b], "logp": logp} for b, logp in logps.items()]
-            dump_skipped(run, f"{step:06d}", records)
-        stop = in_a_row == MAX_SKIPPED
-        if stop or (step + 1) % settings.save_every == 0 or step + 1 == len(steps):
-            progress = {"step": step + 1, "skipped_in_a_row": 0 if stop else in_a_row}
-            save_checkpoint(run, model, optimizer, step + 1, progress, settings.keep)
-        if stop:
-            raise not_finite(run)
-    bar.close()
+        trainer.optimizer.param_groups[0]["lr"] = lr
+        metrics = trainer.step([Sample(trajectories[i]) for i in steps[step]], sft_loss)
+        tokens = metrics["tokens_trajectory"]
+        run.log(step, {name: metrics[name] for name in ("loss", "grad_norm", "skipped")} | {"lr": lr, "tokens": tokens})
+        trainer.bar.set_postfix(loss=f"{metrics['loss']:.3f}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,27 +114,25 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         device = start_ranks(settings.device, settings.rank_timeout)
         run = Run(settings.out, settings, settings.resume)
-        at_least(settings, epochs=1, batch=1, max_tokens_per_micro_batch=1, save_every=1, keep=1)
-        if not Path(settings.data).is_file():  # said before the model is loaded
+        if not Path(settings.data).is_file():  # before the model is loaded
             raise UserError(f"--data {settings.data}: no such file; run_tirgen.py writes it")
         model, tokenizer = load_model(settings.model, device)
         everything = load_trajectories(settings.data, tokenizer)
-        rows = [t for t in everything if len(t.prompt_ids) + len(t) <= settings.max_length]
+        rows = [t for t in everything if len(t.all_token_ids) <= settings.max_length]
         if not rows:
             raise UserError(f"--max_length {settings.max_length}: every trajectory of {settings.data} is longer")
-    with user_errors():  # now that all ranks have seen that all is well
+    with user_errors():  # after all ranks have checked their input
         run.start()
-    sequences = [t.prompt_ids + t.token_ids for t in rows]
-    scored = [[len(t.prompt_ids) + i for i, sampled in enumerate(t.action_mask) if sampled] for t in rows]
-    print(f"{len(rows)} trajectories, {sum(map(len, scored))} tokens to learn, {len(everything) - len(rows)} too long")
+    tokens = sum(t.num_sampled for t in rows)
+    print(f"{len(rows)} trajectories, {tokens} tokens to learn, {len(everything) - len(rows)} skipped as too long")
 
-    with Executor(workers=workers(), timeout=5.0) as executor:
+    with Executor(workers=cpu_workers(), timeout=5.0) as executor:
         engine = HFEngine(sampling_copy(model), tokenizer) if settings.evaluate else None
         if engine and rank() == 0 and not (run / "eval_base.json").exists():
             base, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "base model")
             run.write_json("eval_base.json", base)
             engine.sleep()
-        train(model, sequences, scored, run, settings)
+        train(model, rows, run, settings)
         with run.whole_folder("final") as folder:
             save_model(model, tokenizer, folder)
         print(f"model in {run / 'final'}")

@@ -68,13 +68,15 @@ def one_rank(work) -> list[dict]:
 
 GRADIENTS = """
 import random, sys, torch
+from dataclasses import replace
+from functools import partial
 from conftest import byte_tokenizer, tiny_model
-from run_rl import Example, Settings, fill_advantages, fill_logps, update
+from run_rl import Settings, add_old_scores, hierarchical_loss
 from run_sft import sft_loss
-from test_objective import PROBLEM, examples
-from thor.training.model import add_value_head, prepare, shard
-from thor.training.trainer import optimizer_step
+from test_objective import PROBLEM, samples, trainer_of
 from thor.distributed import end_ranks, rank, start_ranks
+from thor.training.model import add_value_head
+from thor.training.trainer import Sample, TrainSettings
 from thor.trajectory import Trajectory
 
 class Gradient(torch.optim.SGD):
@@ -82,17 +84,18 @@ class Gradient(torch.optim.SGD):
         parts = [p.grad for p in self.param_groups[0]["params"]]
         self.vector = torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).ravel() for g in parts])
 
-def prepared(family="llama", value_head=False):
+def trainer(settings, family="llama", value_head=False):
     model = tiny_model(family, byte_tokenizer())
     if value_head:
         add_value_head(model)
         torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
-    prepare(model)
-    shard(model)
-    return model, Gradient(model.parameters(), lr=0.0)
+    made = trainer_of(model, settings)
+    made.optimizer = Gradient(model.parameters(), lr=0.0)
+    return made
 
-def note(name, optimizer, metrics):
-    found[name] = torch.cat([optimizer.vector, torch.tensor([metrics["loss"]])])
+def note(name, trainer, batch, loss):
+    metrics = trainer.step(batch, loss)
+    found[name] = torch.cat([trainer.optimizer.vector, torch.tensor([metrics["loss"]])])
 
 def random_batch(rng):
     ids, batch = lambda: rng.choices([1, 2, 3], k=rng.randint(1, 12)), []
@@ -101,40 +104,35 @@ def random_batch(rng):
         for turn in range(rng.randint(0, 3)):
             tokens = ids()
             t.append_observation(tokens) if turn == 1 else t.append_sampled(tokens, [-5.5] * len(tokens))
-        batch.append(Example(t, rng.choice([-1.5, 0.5, 2.0]), rng.choice(["trajectory", "step"])))
+        batch.append(Sample(t, rng.choice([-1.5, 0.5, 2.0]), rng.choice(["trajectory", "step"])))
     return batch
 
 ranks, path = int(sys.argv[1]), sys.argv[2]
 start_ranks("cpu", 60.0)
 found = {}
-six = examples()
+six = samples()
 for name, batch in {"both": six, "trajectories": six[:3], "one step": six[3:4], "all masked": six[5:]}.items():
-    model, optimizer = prepared()
-    budget = {1: 1000, 2: 9, 3: 1000}[ranks]
-    note(name, optimizer, update(model, optimizer, batch, Settings(clip=1e9, max_tokens_per_micro_batch=budget)))
-for seed in range(8):  # random samples, cut at random: all ranks, and only they, must draw the same
+    settings = Settings(max_tokens_per_micro_batch={1: 1000, 2: 9, 3: 1000}[ranks])
+    note(name, trainer(settings), batch, partial(hierarchical_loss, settings=settings))
+for seed in range(8):  # random samples in random micro-batches: all ranks, and only they, must draw the same
     batch, budget = random_batch(random.Random(seed)), random.Random(f"{seed} on {ranks}").randint(1, 60)
-    settings = Settings(clip=1e9, max_tokens_per_micro_batch=budget, estimator=("grpo", "ppo")[seed % 2], step_coef=0.7)
-    model, optimizer = prepared(value_head=seed % 2)
-    if seed % 2:
-        fill_logps(model, batch, "logp_old", settings)
-        fill_advantages(batch, settings)
-    note(f"random {seed}", optimizer, update(model, optimizer, batch, settings))
-    model, optimizer = prepared()
-    scored = [e.scored for e in batch]
-    tokens, sequences = max(1, sum(map(len, scored))), [e.token_ids for e in batch]
-    loss_of = lambda members, scores: sft_loss(scores.logp, tokens)
-    note(f"sft {seed}", optimizer, optimizer_step(model, optimizer, sequences, scored, loss_of, budget, 1e9))
+    settings = Settings(max_tokens_per_micro_batch=budget, estimator=("grpo", "ppo")[seed % 2], step_coef=0.7)
+    made = trainer(settings, value_head=seed % 2)
+    add_old_scores(made, batch, settings)
+    note(f"random {seed}", made, batch, partial(hierarchical_loss, settings=settings))
+    batch = [Sample(s.trajectory) for s in batch]
+    batch += [] if any(s.trajectory.num_sampled for s in batch) else [six[0]]  # else the mean is over no tokens
+    note(f"sft {seed}", trainer(TrainSettings(max_tokens_per_micro_batch=budget)), batch, sft_loss)
 for family in ("llama", "qwen2", "qwen3"):
     for observations in (True, False):
         for tree in (True, False):
-            model, optimizer = prepared(family)
-            batch = examples()
-            for t in (e.trajectory for e in batch if not observations):
+            batch = samples()
+            for t in (s.trajectory for s in batch if not observations):
                 t.action_mask = [True] * len(t)
                 t.logp_sampler = [-1.0] * len(t)
-            settings = Settings(clip=1e9, max_tokens_per_micro_batch=20, tree=tree)
-            note((family, observations, tree), optimizer, update(model, optimizer, batch, settings))
+            settings = Settings(max_tokens_per_micro_batch=20, tree=tree)
+            loss = partial(hierarchical_loss, settings=settings)
+            note((family, observations, tree), trainer(settings, family), batch, loss)
 if rank() == 0:
     torch.save(found, path)
 end_ranks()
@@ -215,14 +213,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(work, one_rank, ranks, then)
 
     Nor does it matter how many requests decode at once, and how the update is computed.
     """
-    script = "import sys, run_rl, thor.training.trainer\n"
+    script = "import sys, run_rl\n"
     script += "import os, signal\n"
     script += "count = [0]\n"
-    script += "def update(*args, whole=run_rl.update):\n"
+    script += "def step(*args, whole=run_rl.Trainer.step):\n"
     script += "    count[0] += 1\n"
     script += "    if count[0] == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
     script += "    return whole(*args)\n"
-    script += "run_rl.update = update\n"
+    script += "run_rl.Trainer.step = step\n"
     script += "run_rl.run_main(run_rl.main, many_ranks=True)\n"
     (work / "killed.py").write_text(script)
     out = f"from {ranks} to {then}"
@@ -241,22 +239,22 @@ from thor.distributed import rank
 taken = -1
 FAULTS = {1: "loss", 3: "gradient", 5: "loss", 6: "gradient", 7: "loss"}  # of these optimizer steps
 
-def poisoned(model, optimizer, sequences, scored, loss_of, *args, whole=run_rl.optimizer_step):
+def poisoned(trainer, samples, loss, whole=run_rl.Trainer.step):
     global taken
     taken += 1
 
-    def loss_of_rank(members, scores):
-        loss = loss_of(members, scores)
+    def loss_of_rank(batch, scores):
+        value, info = loss(batch, scores)
         if rank() != 1 or taken not in FAULTS:
-            return loss
+            return value, info
         if FAULTS[taken] == "loss":
-            return loss * float("nan")
-        still = loss - loss.detach()  # 0, and the slope of its root is infinite
-        return loss + still.sqrt()
+            return value * float("nan"), info
+        zero = value - value.detach()  # its square root has an infinite slope
+        return value + zero.sqrt(), info
 
-    return whole(model, optimizer, sequences, scored, loss_of_rank, *args)
+    return whole(trainer, samples, loss_of_rank)
 
-run_rl.optimizer_step = poisoned
+run_rl.Trainer.step = poisoned
 run_rl.run_main(run_rl.main, many_ranks=True)
 """
 
@@ -276,7 +274,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_stops_all(work):
     dumps = [path.name for path in (work / "poisoned/skipped").iterdir()]
     assert {name[:8] for name in dumps} == {"000000-1", "000001-1", "000002-1", "000003-0", "000003-1"}
     checkpoint = torch.load(work / "poisoned/checkpoints/latest.pt")
-    assert checkpoint["progress"]["iteration"] == 4
+    assert checkpoint["state"]["iteration"] == 4
     assert all(torch.isfinite(p).all() for p in checkpoint["model"].values())
     done = torchrun(1, str(ROOT / "run_rl.py"), *flags, "--resume", cwd=work)
     assert done.returncode == 0 and read(work / "poisoned")[4]["skipped"] == 0, done.stderr[-3000:]
@@ -284,10 +282,10 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_stops_all(work):
 
 def test_a_failing_rank_ends_all_with_its_message(work):
     script = "import run_rl\nfrom thor.distributed import rank\n"
-    script += "def update(*args, whole=run_rl.update):\n"
+    script += "def step(*args, whole=run_rl.Trainer.step):\n"
     script += "    if rank() == 1: raise RuntimeError('the disk of rank one is full')\n"
     script += "    return whole(*args)\n"
-    script += "run_rl.update = update\n"
+    script += "run_rl.Trainer.step = step\n"
     script += "run_rl.run_main(run_rl.main, many_ranks=True)\n"
     (work / "fails.py").write_text(script)
     done = torchrun(2, "fails.py", *RL, "--out", "fails", cwd=work)
@@ -297,10 +295,10 @@ def test_a_failing_rank_ends_all_with_its_message(work):
 
 def test_a_rank_that_hangs_is_given_up(work):
     script = "import time, run_rl\nfrom thor.distributed import rank\n"
-    script += "def update(*args, whole=run_rl.update):\n"
+    script += "def step(*args, whole=run_rl.Trainer.step):\n"
     script += "    if rank() == 1: time.sleep(1000)\n"
     script += "    return whole(*args)\n"
-    script += "run_rl.update = update\n"
+    script += "run_rl.Trainer.step = step\n"
     script += "run_rl.run_main(run_rl.main, many_ranks=True)\n"
     (work / "hangs.py").write_text(script)
     done = torchrun(2, "hangs.py", *RL, "--out", "hangs", "--rank_timeout", "15", cwd=work)
@@ -332,4 +330,4 @@ def test_bad_input_of_any_rank_is_one_line_for_all(work, script, lacking, line):
 
 def test_other_scripts_refuse_many_ranks(work):
     done = torchrun(2, str(ROOT / "run_infer.py"), "question?", "--model", "model", cwd=work)
-    assert done.returncode != 0 and "started as 2 processes, one is supported" in done.stderr
+    assert done.returncode != 0 and "started as 2 processes, but supports one only" in done.stderr

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 
-from run_rl import IMPROPER, Settings, train
+from run_rl import REJECT_REASONS, Settings, train
 from run_sft import sft_loss, to_ledger
 from thor.engines import HFEngine
 from thor.prompts import observation_text
 from thor.run_folder import Run
-from thor.training.trainer import optimizer_step
+from thor.training.trainer import Sample, Trainer, TrainSettings
 from thor.trajectory import ExecResult, Problem
 
 GOOD, BAD = "\n```python\nprint(4)\n```\n", "\n```python\nprint(x)\n```\n"
@@ -43,12 +43,11 @@ def cold_start(blocks: list[str], answers: list[str], **changes):
         for answer in answers:
             segments = [("a" + block, True), (observation_text(OUTPUTS[block], block), False), (answer, True)]
             rows.append(to_ledger(Problem("p", "q"), segments, tokenizer))
-    sequences = [t.prompt_ids + t.token_ids for t in rows]
-    scored = [[len(t.prompt_ids) + i for i, m in enumerate(t.action_mask) if m] for t in rows]
-    tokens = sum(map(len, scored))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    settings = TrainSettings(max_tokens_per_micro_batch=4000)
+    trainer = Trainer(model, Run("never written", settings, resume=True), settings)
+    trainer.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
-        optimizer_step(model, optimizer, sequences, scored, lambda members, s: sft_loss(s.logp, tokens), 4000, 1.0)
+        trainer.step([Sample(row) for row in rows], sft_loss)
     return model, tokenizer, engine
 
 
@@ -111,7 +110,7 @@ def test_no_signal_is_explained_not_a_crash(tmp_path, executor, capsys):
         and metrics["draws_capped"] == 1
         and "loss" not in metrics
     )
-    zeros = {"skipped", "groups_kept", "groups_thin", "step_groups_kept", *(f"dropped_{why}" for why in IMPROPER)}
+    zeros = {"skipped", "groups_kept", "groups_thin", "step_groups_kept", *(f"dropped_{why}" for why in REJECT_REASONS)}
     assert all(metrics[name] == 0 for name in zeros)  # a count of zero is written too
 
 

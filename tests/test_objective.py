@@ -4,6 +4,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,31 +23,39 @@ from transformers import (
 )
 
 from run_rl import (
-    Counts,
-    Example,
     Settings,
+    add_old_scores,
     draw_problems,
     failed_steps,
-    fill_advantages,
-    fill_logps,
     gae,
     group_advantages,
     hierarchical_loss,
-    improper,
+    no_signal_reason,
+    per_token,
     policy_loss,
-    signal,
+    ppo_advantages,
+    reject_reason,
     split_evenly,
-    update,
     value_loss,
 )
 from run_sft import sft_loss
 from thor.attention import Tree
 from thor.engines import HFEngine
 from thor.rollout import Sampling, solve
+from thor.run_folder import Run
 from thor.training import scoring
 from thor.training.model import add_value_head, checkpoint_gradients, prepare
-from thor.training.scoring import _LogProb, score_tokens
-from thor.training.trainer import distinct_tokens, micro_batches, optimizer_step
+from thor.training.scoring import LogProb, Scores, score_tokens
+from thor.training.trainer import (
+    Batch,
+    Counts,
+    Sample,
+    Trainer,
+    TrainSettings,
+    collate,
+    distinct_tokens,
+    micro_batches,
+)
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
 PROBLEM = Problem("p", "?", "4")
@@ -84,22 +93,22 @@ def test_group_advantages_by_hand():
         ([1, 0], 5, "thin"),
     ],
 )
-def test_signal(rewards, group, reason):
-    assert signal(rewards, group) == reason
+def test_no_signal_reason(rewards, group, reason):
+    assert no_signal_reason(rewards, group) == reason
 
 
-def test_improper():
+def test_reject_reason():
     settings = Settings(min_tokens=3, box_window=12)
     good = ledger("1111")
-    assert improper(good, r"so \boxed{4}", settings) == ""
-    assert improper(good, r"\boxed{4} and much more text", settings) == "no_box"
-    assert improper(good, "", settings) == "no_box"
-    assert improper(ledger("1100"), r"\boxed{4}", settings) == "short"
-    assert improper(replace(good, finish="length"), r"\boxed{4}", settings) == "unfinished"
-    assert improper(replace(good, finish="infra"), r"\boxed{4}", settings) == "infra"
+    assert reject_reason(good, r"so \boxed{4}", settings) == ""
+    assert reject_reason(good, r"\boxed{4} and much more text", settings) == "no_box"
+    assert reject_reason(good, "", settings) == "no_box"
+    assert reject_reason(ledger("1100"), r"\boxed{4}", settings) == "short"
+    assert reject_reason(replace(good, finish="length"), r"\boxed{4}", settings) == "unfinished"
+    assert reject_reason(replace(good, finish="infra"), r"\boxed{4}", settings) == "infra"
     failed = replace(good, steps=[Step(0, 1, 2, 4, "x", ExecResult("error", "", "E"))])
-    assert improper(failed, r"\boxed{4}", settings) == "failed_code"
-    assert improper(failed, r"\boxed{4}", replace(settings, drop_failed_code=False)) == ""
+    assert reject_reason(failed, r"\boxed{4}", settings) == "failed_code"
+    assert reject_reason(failed, r"\boxed{4}", replace(settings, drop_failed_code=False)) == ""
 
 
 def test_failed_steps_are_those_whose_code_failed():
@@ -139,26 +148,29 @@ def test_clipped_and_dual_clipped_loss_by_hand():
     assert logp.grad.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_both_levels_with_their_own_denominators_and_nll_by_hand():
+def batch_of(logp, logp_sampler, advantage, is_step, counts: Counts, **more) -> Batch:
+    return Batch(counts, advantage, is_step, logp_sampler, logp_old=logp.clone(), **more)
+
+
+def test_both_levels_have_their_own_denominators_and_nll_by_hand():
     logp = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0])
     advantage = torch.tensor([1.0, -1.0, -1.0, 2.0, -2.0])
     is_step = torch.tensor([False, False, False, True, True])
-    counts = Counts(trajectory=6, step=4, positive=5)  # more tokens than these: other micro-batches hold the rest
+    counts = Counts(trajectory=6, step=4, positive=5)  # more tokens than these: the rest is in other micro-batches
     settings = Settings(step_coef=0.5, nll_coef=0.01)
-    loss, info = hierarchical_loss(
-        logp, torch.zeros(5), logp.clone(), logp.clone(), advantage, is_step, counts, settings
-    )
+    batch = batch_of(logp, logp.clone(), advantage, is_step, counts)
+    loss, info = hierarchical_loss(batch, Scores(logp, torch.zeros(5)), settings)
     # ratio 1: l = -A; trajectory (-1 + 1 + 1) / 6, step (-2 + 2) / 4, nll (1 + 4) / 5
     assert loss.item() == pytest.approx(1 / 6 + 0.5 * 0.0 + 0.01 * 1.0, abs=1e-6)
     assert info["loss_trajectory"] == pytest.approx(1 / 6) and info["nll"] == pytest.approx(1.0)
-    assert info["mismatch_kl"] == 0.0 and info["clipped"] == 0
+    assert info["mismatch_kl"] == 0.0 and info["clip_fraction"] == 0
 
 
 def test_importance_weight_is_truncated_and_unknown_is_one():
     logp = torch.tensor([-1.0, -1.0, -1.0])
     sampler = torch.tensor([-1.0 - math.log(4), -1.0 + math.log(2), float("nan")])  # weights 4 -> 2, 1/2, 1
-    args = (logp, torch.zeros(3), logp.clone(), sampler, -torch.ones(3), torch.zeros(3, dtype=torch.bool))
-    loss, info = hierarchical_loss(*args, Counts(3, 0, 0), Settings(is_cap=2.0))
+    batch = batch_of(logp, sampler, -torch.ones(3), torch.zeros(3, dtype=torch.bool), Counts(3, 0, 0))
+    loss, info = hierarchical_loss(batch, Scores(logp, torch.zeros(3)), Settings(is_cap=2.0))
     assert loss.item() == pytest.approx((2 + 0.5 + 1) / 3, abs=1e-6)
     assert info["logp_unknown"] == 1
     # k3: exp(d) - 1 - d with d = logp_sampler - logp_old
@@ -168,31 +180,37 @@ def test_importance_weight_is_truncated_and_unknown_is_one():
 
 def test_kl_and_entropy_terms_by_hand():
     logp, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0 + math.log(2), -2.0])
-    args = (
-        logp,
-        torch.tensor([0.5, 1.5]),
-        logp.clone(),
-        logp.clone(),
-        torch.zeros(2),
-        torch.zeros(2, dtype=torch.bool),
-    )
-    loss, _ = hierarchical_loss(*args, Counts(2, 0, 0), Settings(kl_coef=0.1, entropy_coef=0.01), ref)
+    counts, is_step = Counts(2, 0, 0), torch.zeros(2, dtype=torch.bool)
+    batch = batch_of(logp, logp.clone(), torch.zeros(2), is_step, counts, logp_ref=ref)
+    scores = Scores(logp, torch.tensor([0.5, 1.5]))
+    loss, _ = hierarchical_loss(batch, scores, Settings(kl_coef=0.1, entropy_coef=0.01))
     # k3: ratio 2 gives 2 - 1 - log 2, ratio 1 gives 0; entropy is a bonus: its mean is 1
     assert loss.item() == pytest.approx(0.1 * (1 - math.log(2)) / 2 - 0.01 * 1.0, abs=1e-6)
 
 
+def test_collate_joins_action_tokens_and_leaves_out_what_a_sample_lacks():
+    trajectory, step = ledger("101", logp_sampler=[-1.0, 0.0, -2.0]), ledger("01", logp_sampler=[0.0, -3.0])
+    samples = [Sample(trajectory, 0.5, logp_old=torch.tensor([-1.5, -2.5])), Sample(step, torch.tensor([2.0]), "step")]
+    batch = collate(samples, Counts.of(samples))
+    assert batch.advantage.tolist() == [0.5, 0.5, 2.0] and batch.is_step.tolist() == [False, False, True]
+    assert batch.logp_sampler.tolist() == [-1.0, -2.0, -3.0] and batch.logp_old is None
+    assert batch.counts == Counts(trajectory=2, step=1, positive=3)
+    assert collate(samples[:1], batch.counts).logp_old.tolist() == [-1.5, -2.5]
+    assert collate([], batch.counts).advantage.shape == (0,)
+
+
 def test_gae_of_a_trajectory_with_two_tool_calls_by_hand():
-    example = Example(ledger("11001101"), 0.0, "trajectory")  # five action tokens, observations before the 3rd and 5th
-    example.value_old = torch.tensor([0.5, 0.4, 0.6, 0.2, 0.8])
-    fill_advantages([example], Settings(estimator="ppo", gamma=0.9, gae_lambda=0.5))
+    sample = Sample(ledger("11001101"), 0.0, "trajectory")  # five action tokens, observations before the 3rd and 5th
+    sample.value_old = torch.tensor([0.5, 0.4, 0.6, 0.2, 0.8])
+    ppo_advantages([sample], Settings(estimator="ppo", gamma=0.9, gae_lambda=0.5))
     # the value after the 2nd token is that of the 3rd, behind the tool's output
     # delta: 0.9*0.4 - 0.5 = -0.14, 0.9*0.6 - 0.4 = 0.14, 0.9*0.2 - 0.6 = -0.42, 0.9*0.8 - 0.2 = 0.52, 1 - 0.8 = 0.2
     # A from behind, each delta + 0.45 A: 0.2, 0.61, -0.1455, 0.074525, -0.10646375
     expected = [-0.10646375, 0.074525, -0.1455, 0.61, 0.2]
-    assert example.advantage.tolist() == pytest.approx(expected, abs=1e-6)
-    returns = [a + v for a, v in zip(expected, example.value_old.tolist(), strict=True)]
-    assert example.returns.tolist() == pytest.approx(returns, abs=1e-6)
-    assert Counts.of([example]) == Counts(trajectory=5, step=0, positive=3)
+    assert sample.advantage.tolist() == pytest.approx(expected, abs=1e-6)
+    returns = [a + v for a, v in zip(expected, sample.value_old.tolist(), strict=True)]
+    assert sample.returns.tolist() == pytest.approx(returns, abs=1e-6)
+    assert Counts.of([sample]) == Counts(trajectory=5, step=0, positive=3)
 
 
 def test_gae_with_lambda_1_is_the_discounted_return_and_with_0_one_step():
@@ -203,10 +221,10 @@ def test_gae_with_lambda_1_is_the_discounted_return_and_with_0_one_step():
 
 
 def test_whitening_is_per_level():
-    batch = [Example(ledger("11", reward=r), 0.0, level) for level in ("trajectory", "step") for r in (0.0, 1.0)]
-    for i, example in enumerate(batch):
-        example.value_old = torch.tensor([0.1, 0.3 * i])
-    fill_advantages(batch, Settings(estimator="ppo", whiten=True))
+    batch = [Sample(ledger("11", reward=r), 0.0, level) for level in ("trajectory", "step") for r in (0.0, 1.0)]
+    for i, sample in enumerate(batch):
+        sample.value_old = torch.tensor([0.1, 0.3 * i])
+    ppo_advantages(batch, Settings(estimator="ppo", whiten=True))
     for level in ("trajectory", "step"):
         advantages = torch.cat([e.advantage for e in batch if e.level == level])
         assert advantages.mean().abs() < 1e-6 and (advantages.std(correction=0) - 1).abs() < 1e-4
@@ -223,37 +241,45 @@ def test_value_loss_by_hand():
 
 
 def test_ppo_keeps_groups_of_equal_rewards():
-    assert [signal(r, 4, "ppo") for r in ([1, 1], [1], [])] == ["", "", "thin"]
+    assert [no_signal_reason(r, 4, "ppo") for r in ([1, 1], [1], [])] == ["", "", "thin"]
 
 
 # ---- the update -----------------------------------------------------------------------------------------------------
 
 
-def examples() -> list[Example]:
+def samples() -> list[Sample]:
     return [
-        Example(ledger("110011"), 1.5, "trajectory"),
-        Example(ledger("1101", first=10), -0.5, "trajectory"),
-        Example(ledger("11111111", first=30), -1.0, "trajectory"),
-        Example(ledger("111", prompt=(1, 2, 10, 11), first=50), 1.0, "step"),
-        Example(ledger("11", prompt=(1, 2, 10, 11), first=60), -1.0, "step"),
-        Example(ledger("0000", first=70), 1.0, "trajectory"),  # an all-masked row
+        Sample(ledger("110011"), 1.5, "trajectory"),
+        Sample(ledger("1101", first=10), -0.5, "trajectory"),
+        Sample(ledger("11111111", first=30), -1.0, "trajectory"),
+        Sample(ledger("111", prompt=(1, 2, 10, 11), first=50), 1.0, "step"),
+        Sample(ledger("11", prompt=(1, 2, 10, 11), first=60), -1.0, "step"),
+        Sample(ledger("0000", first=70), 1.0, "trajectory"),  # an all-masked row
     ]
 
 
 class Gradient(torch.optim.SGD):
-    """Keeps the gradient of its step, as one vector, in place of applying it."""
+    """Keeps the gradient of its step as one vector, instead of applying it."""
 
     def step(self):
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.vector = torch.cat([torch.zeros_like(p).ravel() if p.grad is None else p.grad.ravel() for p in parameters])
 
 
-def gradient(model, batch: list[Example], settings: Settings) -> tuple[torch.Tensor, dict]:
-    """(gradient of all parameters, metrics) of one optimizer step."""
+def trainer_of(model, settings: TrainSettings, folder: str = "never written") -> Trainer:
+    """A trainer whose optimizer keeps the gradient. It writes to `folder` only when a step is skipped."""
     prepare(model)
-    optimizer = Gradient(model.parameters(), lr=0.0)
-    metrics = update(model, optimizer, batch, replace(settings, clip=1e9))
-    return optimizer.vector, metrics
+    temperature = getattr(settings, "temperature", 1.0)
+    trainer = Trainer(model, Run(folder, settings, resume=True), replace(settings, clip=1e9), temperature)
+    trainer.optimizer = Gradient(model.parameters(), lr=0.0)
+    return trainer
+
+
+def gradient(model, batch: list[Sample], settings: Settings) -> tuple[torch.Tensor, dict]:
+    """(gradient of all parameters, metrics) of one optimizer step."""
+    trainer = trainer_of(model, settings)
+    metrics = trainer.step(batch, partial(hierarchical_loss, settings=settings))
+    return trainer.optimizer.vector, per_token(metrics)
 
 
 @pytest.mark.parametrize(
@@ -262,9 +288,9 @@ def gradient(model, batch: list[Example], settings: Settings) -> tuple[torch.Ten
 )
 def test_an_iteration_is_split_evenly_into_its_updates(count, updates, sizes):
     """Cut into pieces of ceil(9 / 4) = 3 there would be three updates in place of four."""
-    batches = split_evenly([f"example {i}" for i in range(count)], updates)
+    batches = split_evenly([f"sample {i}" for i in range(count)], updates)
     assert [len(batch) for batch in batches] == sizes
-    assert sorted(e for batch in batches for e in batch) == sorted(f"example {i}" for i in range(count))
+    assert sorted(e for batch in batches for e in batch) == sorted(f"sample {i}" for i in range(count))
 
 
 def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -284,7 +310,7 @@ def test_gradient_does_not_depend_on_micro_batches_order_or_tree(tokenizer, data
             trajectory.append_sampled(tokens, [-5.5] * len(tokens)) if turn != 1 else trajectory.append_observation(
                 tokens
             )
-        batch.append(Example(trajectory, data.draw(st.sampled_from([-1.5, 0.5, 2.0])), level))
+        batch.append(Sample(trajectory, data.draw(st.sampled_from([-1.5, 0.5, 2.0])), level))
     if not any(e.trajectory.num_sampled for e in batch):
         return  # no gradient to compare; see test_all_masked_batch_changes_nothing
     chosen = Settings(estimator=data.draw(st.sampled_from(["grpo", "ppo"])), step_coef=0.7, temperature=0.7)
@@ -292,9 +318,7 @@ def test_gradient_does_not_depend_on_micro_batches_order_or_tree(tokenizer, data
     if chosen.estimator == "ppo":
         add_value_head(model)
         torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
-        prepare(model)
-        fill_logps(model, batch, "logp_old", chosen)
-        fill_advantages(batch, chosen)
+        add_old_scores(trainer_of(model, chosen), batch, chosen)
     whole, metrics = gradient(model, batch, replace(chosen, max_tokens_per_micro_batch=10_000))
     cut = replace(chosen, max_tokens_per_micro_batch=data.draw(st.integers(1, 60)), tree=data.draw(st.booleans()))
     vector, cut_metrics = gradient(model, data.draw(st.permutations(batch)), cut)
@@ -304,23 +328,23 @@ def test_gradient_does_not_depend_on_micro_batches_order_or_tree(tokenizer, data
 
 def test_gradient_equals_a_plain_padded_reference(tokenizer):
     """The same objective written row by row, with full logits and Python loops."""
-    model, settings, batch = tiny_llama(tokenizer), Settings(), examples()
+    model, settings, batch = tiny_llama(tokenizer), Settings(), samples()
     level_tokens = {"trajectory": 4 + 3 + 8, "step": 5}
     positive = 4 + 3
     loss = torch.zeros(())
-    for example in batch:
-        ids = example.token_ids
+    for sample in batch:
+        ids = sample.trajectory.all_token_ids
         logps = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
         for p in range(1, len(ids)):
-            at = p - len(example.trajectory.prompt_ids)
-            if at < 0 or not example.trajectory.action_mask[at]:
+            at = p - len(sample.trajectory.prompt_ids)
+            if at < 0 or not sample.trajectory.action_mask[at]:
                 continue
             logp = logps[p - 1, ids[p]]
-            weight = torch.exp(logp.detach() - example.trajectory.logp_sampler[at]).clamp(max=settings.is_cap)
+            weight = torch.exp(logp.detach() - sample.trajectory.logp_sampler[at]).clamp(max=settings.is_cap)
             ratio = torch.exp(logp - logp.detach())
-            coefficient = settings.step_coef if example.level == "step" else 1.0
-            loss = loss - coefficient * weight * ratio * example.advantage / level_tokens[example.level]
-            if example.advantage > 0:
+            coefficient = settings.step_coef if sample.level == "step" else 1.0
+            loss = loss - coefficient * weight * ratio * sample.advantage / level_tokens[sample.level]
+            if sample.advantage > 0:
                 loss = loss - settings.nll_coef * logp / positive
     loss.backward()
     ours, metrics = gradient(tiny_llama(tokenizer), batch, settings)
@@ -339,21 +363,21 @@ def test_tree_equals_plain_equals_transformers_row_by_row(layout, observations):
     config, build = CONFIGS[layout]
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
     model = build(config(vocab_size=90, num_key_value_heads=2, initializer_range=0.2, **sizes)).eval()
-    batch = examples()[:5]
-    for example in batch if not observations else ():
-        example.trajectory.action_mask = [True] * len(example.trajectory)
-    for example in batch:
-        example.trajectory.logp_sampler = [math.nan] * len(example.trajectory)  # importance weight 1
+    batch = samples()[:5]
+    for sample in batch if not observations else ():
+        sample.trajectory.action_mask = [True] * len(sample.trajectory)
+    for sample in batch:
+        sample.trajectory.logp_sampler = [math.nan] * len(sample.trajectory)  # importance weight 1
     settings, counts = Settings(), Counts.of(batch)
     loss = torch.zeros(())
-    for example in batch:
-        mask = torch.tensor([False] * len(example.trajectory.prompt_ids) + example.trajectory.action_mask)[1:]
-        ids = torch.tensor(example.token_ids)
+    for sample in batch:
+        mask = torch.tensor([False] * len(sample.trajectory.prompt_ids) + sample.trajectory.action_mask)[1:]
+        ids = torch.tensor(sample.trajectory.all_token_ids)
         logits = model(ids[None]).logits[0, :-1]
         logp = -F.cross_entropy(logits, ids[1:], reduction="none")[mask]
-        tokens = counts.step if example.level == "step" else counts.trajectory
-        loss = loss - example.advantage * torch.exp(logp - logp.detach()).sum() / tokens
-        if example.advantage > 0:
+        tokens = counts.step if sample.level == "step" else counts.trajectory
+        loss = loss - sample.advantage * torch.exp(logp - logp.detach()).sum() / tokens
+        if sample.advantage > 0:
             loss = loss - settings.nll_coef * logp.sum() / counts.positive
     loss.backward()
     reference = torch.cat([p.grad.ravel() for p in model.parameters()])
@@ -371,11 +395,11 @@ def test_tree_equals_plain_equals_transformers_row_by_row(layout, observations):
 
 def test_only_the_states_that_predict_action_tokens_have_logits(tokenizer):
     """No logit of a prompt, observation or prefix position exists, so that none can have a gradient."""
-    model, batch = tiny_llama(tokenizer), examples()
+    model, batch = tiny_llama(tokenizer), samples()
     expected = []
-    for example in batch:
-        hidden = model.model(torch.tensor([example.token_ids])).last_hidden_state[0]
-        expected += [hidden[p - 1] for p in example.scored]
+    for sample in batch:
+        hidden = model.model(torch.tensor([sample.trajectory.all_token_ids])).last_hidden_state[0]
+        expected += [hidden[p - 1] for p in sample.trajectory.action_positions]
     prepare(model)  # with a probe that has logits
     rows = []
     model.lm_head.register_forward_hook(lambda module, inputs, logits: rows.append(inputs[0].detach()))
@@ -389,7 +413,7 @@ def test_only_the_states_that_predict_action_tokens_have_logits(tokenizer):
 @pytest.mark.parametrize("tree", [True, False])
 def test_only_action_tokens_are_paired_with_the_states_before_them(tokenizer, monkeypatch, tree):
     """No prompt, observation, prefix or pad position predicts anything, and none is a target."""
-    found, score = Counter(), scoring._score_pairs
+    found, score = Counter(), scoring.score_pairs
 
     def watched(model, layout, pairs, *args):
         for place, target in pairs.tolist():
@@ -397,10 +421,10 @@ def test_only_action_tokens_are_paired_with_the_states_before_them(tokenizer, mo
             found[(*(layout.token_ids[i] for i in index[: index.index(place) + 1]), target)] += 1
         return score(model, layout, pairs, *args)
 
-    monkeypatch.setattr(scoring, "_score_pairs", watched)
-    gradient(tiny_llama(tokenizer), examples(), Settings(max_tokens_per_micro_batch=25, tree=tree))
+    monkeypatch.setattr(scoring, "score_pairs", watched)
+    gradient(tiny_llama(tokenizer), samples(), Settings(max_tokens_per_micro_batch=25, tree=tree))
     expected = Counter()  # the text up to each action token and with it, read off the ledgers
-    for trajectory in (e.trajectory for e in examples()):
+    for trajectory in (e.trajectory for e in samples()):
         for i, sampled in enumerate(trajectory.action_mask):
             expected[(*trajectory.prompt_ids, *trajectory.token_ids[: i + 1])] += sampled
     assert found == +expected and found.total() == 4 + 3 + 8 + 3 + 2
@@ -410,15 +434,15 @@ def test_only_action_tokens_are_paired_with_the_states_before_them(tokenizer, mo
 def test_labels_of_all_but_action_tokens_may_be_anything(tokenizer, monkeypatch, tree):
     """The model reads the true ids; what targets are taken from holds random ones wherever action_mask is 0."""
     settings, rng, true = Settings(max_tokens_per_micro_batch=25, tree=tree), random.Random(0), {}
-    whole, metrics = gradient(tiny_llama(tokenizer), examples(), settings)
-    batch = examples()
-    for example in batch:
-        ids, t = example.token_ids, example.trajectory
+    whole, metrics = gradient(tiny_llama(tokenizer), samples(), settings)
+    batch = samples()
+    for sample in batch:
+        ids, t = sample.trajectory.all_token_ids, sample.trajectory
         t.prompt_ids = [rng.randrange(200) for _ in t.prompt_ids]
         t.token_ids = [
             token if sampled else rng.randrange(200) for token, sampled in zip(t.token_ids, t.action_mask, strict=True)
         ]
-        true[tuple(example.token_ids)] = ids
+        true[tuple(sample.trajectory.all_token_ids)] = ids
     assert len(true) == len(batch) and all(list(labels) != ids for labels, ids in true.items())
     model = tiny_llama(tokenizer)
     prepare(model)
@@ -459,14 +483,14 @@ def test_log_probs_and_entropies_have_the_gradients_of_log_softmax(temperature, 
         wanted = sum((x * w).sum() for x, w in zip(expected, weights, strict=True))
         [reference] = torch.autograd.grad(wanted, logits, retain_graph=True)
         copy = logits.detach().clone().requires_grad_()
-        scores = _LogProb.apply(copy * 1, targets, temperature)  # a product of its own, which it may overwrite
+        scores = LogProb.apply(copy * 1, targets, temperature)  # a product of its own, which it may overwrite
         sum((x * w).sum() for x, w in zip(scores, weights, strict=True) if w.any()).backward()
         assert_close(torch.cat(scores), torch.cat(expected))
         assert_close(copy.grad.float(), reference.float(), 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_the_entropy_bonus_has_a_gradient(tokenizer):
-    model, batch = tiny_llama(tokenizer), examples()
+    model, batch = tiny_llama(tokenizer), samples()
     plain, _ = gradient(model, batch, Settings(nll_coef=0.0))
     bonus, _ = gradient(model, batch, Settings(nll_coef=0.0, entropy_coef=0.1))
     assert (bonus - plain).norm() > 1e-3 * plain.norm()
@@ -488,10 +512,10 @@ def test_a_tree_over_the_budget_is_split_into_sub_trees(tree, sequences, budget)
 
 def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(tokenizer):
     model, calls = tiny_llama(tokenizer), []
-    whole, _ = gradient(model, examples(), Settings(max_tokens_per_micro_batch=10_000))
+    whole, _ = gradient(model, samples(), Settings(max_tokens_per_micro_batch=10_000))
     checkpoint_gradients(model)
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-    again, _ = gradient(model, examples(), Settings(max_tokens_per_micro_batch=10_000))
+    again, _ = gradient(model, samples(), Settings(max_tokens_per_micro_batch=10_000))
     assert_close(whole, again)
     assert len(calls) == 2
 
@@ -502,13 +526,12 @@ def test_on_the_first_pass_ratio_is_1_and_sampler_and_trainer_agree(tokenizer, e
     engine = HFEngine(model, tokenizer)
     problems = [Problem(str(i), "why " * i) for i in range(4) for _ in range(3)]
     sampled = solve(engine, executor, problems, Sampling(max_tokens=60, temperature=temperature))
-    batch = [Example(t, (-1.0) ** i, ("trajectory", "step")[i % 2]) for i, t in enumerate(sampled)]
+    batch = [Sample(t, (-1.0) ** i, ("trajectory", "step")[i % 2]) for i, t in enumerate(sampled)]
     settings = Settings(temperature=temperature, max_tokens_per_micro_batch=150)
-    fill_logps(
-        model, batch, "logp_old", replace(settings, max_tokens_per_micro_batch=97)
-    )  # another cut than in the update
-    for example in batch:
-        assert example.logp_old.tolist() == pytest.approx(example.logp_sampler, abs=1e-4)
+    other_cut = trainer_of(model, replace(settings, max_tokens_per_micro_batch=97))
+    add_old_scores(other_cut, batch, replace(settings, updates=2))
+    for sample in batch:
+        assert sample.logp_old.tolist() == pytest.approx(sample.trajectory.action_logps, abs=1e-4)
     _, metrics = gradient(model, batch, settings)
     assert metrics["ratio"] == pytest.approx(1, abs=1e-4) and metrics["clip_fraction"] == 0
     assert abs(metrics["mismatch_kl"]) < 1e-4 and metrics["tokens_trajectory"] > 100
@@ -522,7 +545,7 @@ def test_an_update_with_unknown_log_probs_of_the_sampler_by_hand(tokenizer):
     # weights 1, exp(log 4) capped at 2, 1/2, 1
     known = [math.nan, logp[1] - math.log(4), logp[2] + math.log(2), math.nan]
     trajectory.logp_sampler = [*known[:2], 0.0, *known[2:]]
-    vector, metrics = gradient(model, [Example(trajectory, 1.5, "trajectory")], Settings(nll_coef=0.01, is_cap=2.0))
+    vector, metrics = gradient(model, [Sample(trajectory, 1.5, "trajectory")], Settings(nll_coef=0.01, is_cap=2.0))
     expected = -1.5 * (1 + 2 + 0.5 + 1) / 4 - 0.01 * sum(logp) / 4  # ratio 1
     assert metrics["loss"] == pytest.approx(expected, abs=1e-5) and metrics["skipped"] == 0
     assert metrics["logp_unknown"] == 2 and torch.isfinite(vector).all() and vector.any()
@@ -532,7 +555,7 @@ def test_an_update_with_unknown_log_probs_of_the_sampler_by_hand(tokenizer):
 
 
 def test_all_masked_batch_changes_nothing(tokenizer):
-    vector, metrics = gradient(tiny_llama(tokenizer), [Example(ledger("000"), 1.0, "trajectory")], Settings())
+    vector, metrics = gradient(tiny_llama(tokenizer), [Sample(ledger("000"), 1.0, "trajectory")], Settings())
     assert not vector.any() and metrics["skipped"] == 0.0
 
 
@@ -544,19 +567,10 @@ def test_sft_gradient_does_not_depend_on_micro_batches_order_or_unlearned_tokens
     rows = [ledger(mask, first=first) for mask, first in (("11001", 10), ("111", 10), ("1011100", 20), ("0000", 60))]
 
     def sft_gradient(rows: list[Trajectory], max_tokens_per_micro_batch: int) -> torch.Tensor:
-        sequences = [t.prompt_ids + t.token_ids for t in rows]
-        scored = [[2 + i for i, sampled in enumerate(t.action_mask) if sampled] for t in rows]
-        total, optimizer = sum(map(len, scored)), Gradient(model.parameters(), lr=0.0)
-        optimizer_step(
-            model,
-            optimizer,
-            sequences,
-            scored,
-            lambda members, s: sft_loss(s.logp, total),
-            max_tokens_per_micro_batch,
-            1e9,
-        )
-        return optimizer.vector
+        settings = TrainSettings(max_tokens_per_micro_batch=max_tokens_per_micro_batch)
+        trainer = trainer_of(model, settings)
+        trainer.step([Sample(row) for row in rows], sft_loss)
+        return trainer.optimizer.vector
 
     whole = sft_gradient(rows, 10_000)
     assert_close(whole, sft_gradient(data.draw(st.permutations(rows)), data.draw(st.integers(1, 20))))
@@ -565,11 +579,11 @@ def test_sft_gradient_does_not_depend_on_micro_batches_order_or_unlearned_tokens
     assert_close(whole, sft_gradient(other, 10_000))
 
 
-def test_a_loss_that_is_not_finite_skips_the_step(tokenizer):
+def test_a_loss_that_is_not_finite_skips_the_step(tokenizer, tmp_path):
     model = tiny_llama(tokenizer)
-    prepare(model)
+    trainer = trainer_of(model, Settings(), str(tmp_path))
+    trainer.optimizer = torch.optim.AdamW(model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
-    batch = [Example(ledger("11"), float("nan"), "trajectory")]
-    metrics = update(model, torch.optim.AdamW(model.parameters()), batch, Settings())
+    metrics = trainer.step([Sample(ledger("11"), float("nan"))], partial(hierarchical_loss, settings=Settings()))
     assert metrics["skipped"] == 1.0
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))

@@ -26,13 +26,19 @@ from thor.engines import HFEngine
 from thor.rollout import Sampling, solve
 from thor.run_folder import Run
 from thor.settings import UserError, parse_settings
-from thor.training import trainer as policy
+from thor.training import trainer as trainer_module
 from thor.training.model import load_model, save_model
-from thor.training.trainer import dump_skipped, restore, save_checkpoint
-from thor.trajectory import ExecResult, Problem
+from thor.training.trainer import Sample, Trainer
+from thor.trajectory import ExecResult, Problem, Trajectory
 
 ROOT = Path(__file__).parent.parent
 PROBLEMS = [Problem(str(i), "q", "4") for i in range(8)]
+
+
+def ledger(prompt: list[int], response: list[int]) -> Trajectory:
+    trajectory = Trajectory(PROBLEMS[0], prompt)
+    trajectory.append_sampled(response, [0.0] * len(response))
+    return trajectory
 
 
 def timeless(lines: list[dict]) -> list[dict]:
@@ -102,7 +108,7 @@ def test_every_metric_of_sft_is_documented_and_every_documented_one_is_written(t
     run.start()
     model = tiny_llama(tokenizer)
     use_layout_attention(model)
-    run_sft.train(model, [[1, 2, 3]], [[2]], run, run_sft.Settings(epochs=1))
+    run_sft.train(model, [ledger([1, 2], [3])], run, run_sft.Settings(epochs=1))
     [line] = run.read("metrics.jsonl")
     assert_documented(set(line), documented("run_sft.py"))
 
@@ -110,21 +116,26 @@ def test_every_metric_of_sft_is_documented_and_every_documented_one_is_written(t
 # ---- guards ---------------------------------------------------------------------------------------------------------
 
 
-def poison(monkeypatch, script, steps: set[int]) -> None:
+def poison(monkeypatch, steps: set[int]) -> None:
     """The loss of these optimizer steps is NaN."""
-    step, taken = script.optimizer_step, [0]
+    step, taken = Trainer.step, [0]
 
-    def poisoned(model, optimizer, sequences, scored, loss_of, *args, **kwargs):
+    def poisoned(self, samples, loss):
         factor = float("nan") if taken[0] in steps else 1.0
         taken[0] += 1
-        return step(model, optimizer, sequences, scored, lambda *given: factor * loss_of(*given), *args, **kwargs)
 
-    monkeypatch.setattr(script, "optimizer_step", poisoned)
+        def poisoned_loss(batch, scores):
+            value, info = loss(batch, scores)
+            return factor * value, info
+
+        return step(self, samples, poisoned_loss)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
 
 
 def test_a_skipped_step_is_counted_and_dumped(run, executor, monkeypatch):
     model, tokenizer, engine = cold_start([GOOD, BAD], [RIGHT, WRONG])
-    poison(monkeypatch, run_rl, {1, 2, 4})
+    poison(monkeypatch, {1, 2, 4})
     settings = replace(SETTINGS, iterations=3, updates=2)
     train(model, tokenizer, engine, executor, PROBLEMS, run, settings)
     assert [m["skipped"] for m in run.read("metrics.jsonl")] == [1, 1, 1]
@@ -141,13 +152,13 @@ def test_a_skipped_step_is_counted_and_dumped(run, executor, monkeypatch):
 
 def test_three_skipped_steps_in_a_row_stop_the_run_and_leave_a_good_checkpoint(run, executor, monkeypatch):
     model, tokenizer, engine = cold_start([GOOD, BAD], [RIGHT, WRONG])
-    poison(monkeypatch, run_rl, {1, 2, 3, 4})
+    poison(monkeypatch, {1, 2, 3, 4})
     settings = replace(SETTINGS, updates=2, save_every=100)
     with pytest.raises(UserError, match=r"3 optimizer steps in a row .* not finite"):
         train(model, tokenizer, engine, executor, PROBLEMS, run, settings)
     assert [m["skipped"] for m in run.read("metrics.jsonl")] == [1, 2]
     other, _, _ = cold_start([GOOD, BAD], [RIGHT, WRONG])
-    assert restore(run, other, torch.optim.AdamW(other.parameters()))["iteration"] == 2
+    assert Trainer(other, run, settings).state["iteration"] == 2
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.isfinite(p).all() and torch.equal(p, q)
 
@@ -156,12 +167,12 @@ def test_sft_stops_too(tmp_path, monkeypatch):
     tokenizer = byte_tokenizer()
     run = Run(str(tmp_path / "sft"), run_sft.Settings(), resume=False)
     run.start()
-    poison(monkeypatch, run_sft, {1, 3, 4, 5})
-    sequences, scored = [[1, 2, 3, 4 + i] for i in range(8)], [[2, 3]] * 8
+    poison(monkeypatch, {1, 3, 4, 5})
+    rows = [ledger([1, 2], [3, 4 + i]) for i in range(8)]
     model = tiny_llama(tokenizer)
     HFEngine(model, tokenizer)
     with pytest.raises(UserError, match="not finite"):
-        run_sft.train(model, sequences, scored, run, run_sft.Settings(batch=2))
+        run_sft.train(model, rows, run, run_sft.Settings(batch=2))
     assert [m["skipped"] for m in run.read("metrics.jsonl")] == [0, 1, 0, 1, 1, 1]
     [*_, last] = sorted((run / "skipped").iterdir())
     rows = [json.loads(line) for line in last.read_text().splitlines()]
@@ -169,8 +180,9 @@ def test_sft_stops_too(tmp_path, monkeypatch):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_a_rank_that_had_nothing_of_a_skipped_batch_leaves_no_file(run):
-    dump_skipped(run, "000000", [])
+def test_a_rank_without_samples_of_a_skipped_batch_writes_no_file(run, tokenizer):
+    trainer = Trainer(tiny_llama(tokenizer), run, SETTINGS)
+    trainer._dump([Sample(ledger([1], [2]))], {})
     assert not (run / "skipped").exists()
 
 
@@ -188,35 +200,30 @@ def test_a_second_draw_fills_up_the_groups_that_the_first_left(tokenizer, execut
         return RIGHT if name in easy or int(sample) % 2 else WRONG
 
     engine, bar = ScriptedEngine(tokenizer, reply), tqdm(disable=True)
-    examples, everything, cursor, counts = sample_trajectories(engine, executor, PROBLEMS, 0, 0, settings, bar)
+    samples, everything, cursor, counts = sample_trajectories(engine, executor, PROBLEMS, 0, 0, settings, bar)
     assert counts["draws"] == 2 and counts["draws_capped"] == 0 and cursor == 5
     assert counts["groups_kept"] == settings.prompts and counts["groups_equal"] == 2 and counts["groups_thin"] == 0
     assert counts["sampled"] == len(everything) == counts["kept"] == 5 * settings.group
-    learned = {example.trajectory.problem.id for example in examples}
-    assert learned == {order[1], order[3], order[4]} and len(examples) == 3 * settings.group
+    learned = {sample.trajectory.problem.id for sample in samples}
+    assert learned == {order[1], order[3], order[4]} and len(samples) == 3 * settings.group
 
 
 @pytest.mark.parametrize(("updates", "extra"), [(1, 0), (2, 1)])
 def test_logp_old_costs_no_pass_with_one_update_and_one_with_several(run, executor, monkeypatch, updates, extra):
     """One pass scores each action token once; the updates of an iteration together are one pass too."""
-    passes = {run_rl: [], policy: []}  # scored tokens of each call, before and in the update
-
-    def watch(module, score):
-        def counted(model, sequences, scored, *args, **kwargs):
-            passes[module].append(sum(map(len, scored)))
-            return score(model, sequences, scored, *args, **kwargs)
-
-        monkeypatch.setattr(module, "score_tokens", counted)
-
-    for module in passes:
-        watch(module, module.score_tokens)
     model, tokenizer, engine = cold_start([GOOD, BAD], [RIGHT, WRONG])
-    passes[policy].clear()
+    before, during = [], []  # scored tokens of each call
+    score = trainer_module.score_tokens
+
+    def counted(model, sequences, scored, *args, **kwargs):
+        (during if torch.is_grad_enabled() else before).append(sum(map(len, scored)))
+        return score(model, sequences, scored, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "score_tokens", counted)
     settings = replace(SETTINGS, iterations=1, updates=updates, max_tokens_per_micro_batch=100_000)
     train(model, tokenizer, engine, executor, PROBLEMS, run, settings)
-    [before], during = passes[run_rl] or [None], passes[policy]
-    assert len(during) == updates and len(passes[run_rl]) == extra
-    assert before == (sum(during) if extra else None) and sum(during) > 50
+    assert len(during) == updates and len(before) == extra
+    assert before == [sum(during)] * extra and sum(during) > 50
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
@@ -225,12 +232,11 @@ def test_logp_old_costs_no_pass_with_one_update_and_one_with_several(run, execut
 def test_checkpoints_rotate_past_one_left_by_a_killed_run(run):
     """It was written and not yet linked. It counts for none of those that are kept, and is gone with the next one."""
     model = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.AdamW(model.parameters())
     folder = run / "checkpoints"
 
     def save(number: int) -> list[str]:
-        save_checkpoint(run, model, optimizer, number, {"iteration": number}, keep=2)
-        assert restore(run, model, optimizer) == {"iteration": number}
+        Trainer(model, run, SETTINGS).save({"iteration": number, "skipped_in_a_row": 0})
+        assert Trainer(model, run, SETTINGS).state["iteration"] == number
         return sorted(path.stem for path in folder.glob("[0-9]*.pt"))
 
     assert save(1) == ["000001"]
@@ -276,7 +282,7 @@ def test_a_deterministic_rollout_does_not_depend_on_how_fast_tools_are(tokenizer
 
 def test_a_resumed_run_may_compute_in_another_way_but_not_learn_another_thing(run):
     ways = dict(device="cuda", rows=3, kv_tokens=999, tree=False, gradient_checkpointing=True, rank_timeout=9.0)
-    ways |= dict(max_tokens_per_micro_batch=7, iterations=99, save_every=5, keep=1, evaluate=True)
+    ways |= dict(max_tokens_per_micro_batch=7, iterations=99, save_every=5, keep=1, evaluate=True, report_to="none")
     assert {*ways, "out"} == set(Run.MAY_CHANGE)
     Run(str(run.folder), replace(SETTINGS, **ways), resume=True)
     for change in ({"lr": 1.0}, {"updates": 2}, {"temperature": 0.7}, {"sampler": "vllm"}, {"seed": 1}, {"group": 4}):

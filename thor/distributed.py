@@ -1,9 +1,8 @@
-"""Many processes, one run: torchrun starts one rank for each GPU, on one node or several, and all run the same script.
+"""Data-parallel training: many processes (ranks) that run the same script, started by torchrun or accelerate launch.
 
-What keeps this small: every rank holds the whole list of samples and comes to the same decisions from it. Only work is
-divided - whose prompts a rank samples (`gather` then gives the results to all), and which micro-batches it computes -
-so the number of ranks changes nothing but the time. Parameters, gradients and optimizer state are sharded (policy.py).
-Prompts are dealt out by their number, since how long the responses get is known afterwards only; micro-batches by size.
+Every rank holds the whole list of samples and takes the same decisions from it. Only the work is divided: which prompts
+a rank samples (`gather` then gives the results to all ranks) and which micro-batches it computes. The number of ranks
+therefore changes nothing but the time. Parameters, gradients and optimizer state are sharded (thor/training/model.py).
 """
 
 from __future__ import annotations
@@ -19,58 +18,61 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
-CONTAINER = Path("/sys/fs/cgroup")  # memory limits of a Linux container, if this is one
-_store: dist.Store | None = None  # a few keys that all ranks see
+CGROUP = Path("/sys/fs/cgroup")  # memory limits of a Linux container
+_store: dist.Store | None = None  # key-value store that all ranks share
 
 
 def rank() -> int:
-    """Number of this process; 0 is the one that prints, logs and saves."""
+    """Index of this process. Rank 0 prints, logs and saves."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """Number of ranks that joined."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def start_ranks(device: str, timeout: float) -> str:
-    """Join the ranks that torchrun started, if it did; returns this rank's device.
+    """Join the process group, if a launcher started several ranks, and return this rank's device.
 
-    device: 'cpu', 'cuda', or 'auto' (a GPU where there is one). timeout: seconds after which a rank that waits for the
-    others gives up. A single CPU process stays plain; a single GPU is a group of one, so that it computes as many do.
+    device: 'cpu', 'cuda', or 'auto' (a GPU if there is one). timeout: seconds that a rank waits for the others.
+    A single CPU process has no group. A single GPU gets a group of one, so that it shards and rounds as many GPUs do.
+    Raises ValueError for 'cuda' without a GPU.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    global _store
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this torch sees no GPU")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
-    elif ranks == 1:
+        raise ValueError("--device cuda: no GPU is available to torch")
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        device = "cpu" if cpu else str(PartialState().device)
+        if not cpu and not dist.is_initialized():
+            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
         return device
     if not dist.is_initialized():
-        global _store
-        _store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
-        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        limit = timedelta(seconds=timeout)
-        dist.init_process_group(backend, timeout=limit, store=_store, rank=rank(), world_size=ranks)
+        _store, number, size = next(dist.rendezvous("env://"))
+        group = {"store": _store, "rank": number, "world_size": size, "timeout": timedelta(seconds=timeout)}
+        # gloo beside nccl: objects are exchanged between CPUs
+        PartialState(cpu, **group) if cpu else PartialState(backend="cpu:gloo,cuda:nccl", **group)
     if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
-    return device
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+    return "cpu" if cpu else str(PartialState().device)
 
 
 def first_to_fail() -> bool:
-    """Whether no other rank has asked this: those that fail later do so because they wait for one that is gone."""
+    """True for the first rank that calls this. Later failures are only a consequence of the first rank's exit."""
     if _store is None:
         return True
     return _store.compare_set("failed", "", str(rank())) == str(rank()).encode()
 
 
 def end_ranks(code: int = 0) -> None:
-    """The end of one of many ranks, which ends the process; a single one only lets go of its group.
+    """End this process if it is one of many ranks; a single process only leaves its group.
 
-    At once and not by the ordinary way out: there threads of torch's process group may still run, which aborts the
-    process now and then, and a rank that failed would wait for those that wait for it.
+    os._exit and not sys.exit: threads of torch's process group may still run, which aborts a normal exit now and then,
+    and a rank that failed would wait for ranks that wait for it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
@@ -80,45 +82,41 @@ def end_ranks(code: int = 0) -> None:
         dist.destroy_process_group()
 
 
-def workers() -> int:
-    """Interpreters for each rank's executor: the CPUs of this node, divided among its ranks."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free: of the GPU, or this rank's part of what the machine, or the container, still has.
-
-    A container's limit is seen where its cgroup (v2) is mounted as usual, as Docker and Kubernetes do.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no limit
-        limit = int((CONTAINER / "memory.max").read_text())
-        files = re.search(r"^inactive_file (\d+)", (CONTAINER / "memory.stat").read_text(), re.MULTILINE)
-        used = int((CONTAINER / "memory.current").read_text()) - (int(files[1]) if files else 0)
-        free = min(free, limit - used)
-    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def gather(value: Any) -> list[Any]:
-    """The `value` of every rank, on every rank, in their order."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    """The `value` of every rank, in rank order, on every rank."""
+    return [value] if world_size() == 1 else gather_object([value])
+
+
+def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
+    """Sum of each entry over all ranks, which must have the same keys."""
+    parts = gather(values)
+    return {key: sum(part[key] for part in parts) for key in values}
 
 
 def barrier() -> None:
-    """Wait for all ranks, and for what their GPUs still do: one that ended earlier would leave the others hanging."""
+    """Wait for all ranks and their GPUs. Without it, a rank that ends early would leave the others hanging."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     gather(None)
 
 
-def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
-    """Sums over the ranks, which all have the same keys."""
-    parts = gather(values)
-    return {key: sum(part[key] for part in parts) for key in values}
+def cpu_workers() -> int:
+    """This rank's share of the CPUs of its node."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes: of the GPU, or this rank's share of what the machine or its container has left.
+
+    The limit of a container is read from cgroup v2 at its usual mount point, as Docker and Kubernetes provide it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which means no limit
+        limit = int((CGROUP / "memory.max").read_text())
+        reclaimable = re.search(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        used = int((CGROUP / "memory.current").read_text()) - (int(reclaimable[1]) if reclaimable else 0)
+        free = min(free, limit - used)
+    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,8 +1,8 @@
 """The think-act-observe loop, step regeneration and self-correction, on any engine.
 
-Each trajectory is a generator that reads like the algorithm: it yields a `Request` and gets a `Completion` back, or
-yields source code and gets an `ExecResult` back. `drive` runs many of them at once: it steps the engine, submits each
-closed block to the executor, and goes on stepping for the others, so that decoding never waits for a tool.
+Each trajectory is a generator that reads like the algorithm: it yields a `Request` and receives a `Completion`, or
+yields source code and receives an `ExecResult`. `drive` runs many of them at once: it steps the engine, submits each
+closed block to the executor, and keeps stepping for the others, so that decoding never waits for a tool.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from thor.settings import derive_seed
 from thor.text import FenceParser, TextStream, encode
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
-INFRA_TRIES = 3  # a snippet whose sandbox failed this often is given up, and its sample dropped
+INFRA_TRIES = 3  # runs of a snippet whose sandbox fails, before its sample is dropped
 
 Listener = Callable[[str, str], None]  # (kind, text) with kind 'text' | 'output' | 'correction'
 Task = Generator["Request | Ask | str", "Completion | ExecResult", Any]
@@ -30,26 +30,26 @@ Task = Generator["Request | Ask | str", "Completion | ExecResult", Any]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample a trajectory, and where it ends."""
+    """How to sample a trajectory, and its limits."""
 
-    max_tokens: int = 256  # response limit in tokens, observations included
+    max_tokens: int = 256  # length of the response in tokens, observations included
     temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0  # training needs 1 (importance ratios are over the full distribution)
-    top_k: int = 0  # training needs 0: off
+    top_p: float = 1.0  # must be 1 in training: importance ratios are over the full distribution
+    top_k: int = 0  # 0: off, which training needs
     seed: int = 0
-    max_rounds: int = 3  # tool calls of one trajectory
-    observation_limit: int = 256  # characters of tool output shown to the model
+    max_rounds: int = 3  # tool calls of a trajectory
+    observation_limit: int = 256  # characters of tool output that the model sees
 
 
 @dataclass
 class Ask:
-    """A request to another engine than the default one (TIRGen's actor and critic are two models)."""
+    """A request to an engine other than the default one. TIRGen's actor and critic are two models."""
 
     engine: Engine
     request: Request
 
 
-# ---- the event loop -------------------------------------------------------------------------------------------------
+# ---- event loop -----------------------------------------------------------------------------------------------------
 
 
 def drive(
@@ -60,11 +60,12 @@ def drive(
     in_flight: int | None = None,
     deterministic: bool = False,
 ) -> list[Any]:
-    """Run all tasks to their end; returns their return values in order. `done(index, value)` is called as each ends.
+    """Run all tasks and return their values in order. `done(index, value)` is called as each task ends.
 
-    in_flight: tasks under way at once (default: all); with fewer, an engine keeps what each has computed so far.
-    deterministic: wait for all submitted code before each step of the engine. Which requests share a batch, and with it
-    the rounding of every float, then depends on the tasks alone and not on how fast tools answer.
+    in_flight: number of tasks that run at once (default: all). With fewer tasks than rows, an engine keeps the cache of
+    each of them.
+    deterministic: wait for all submitted code before each step of the engine. Which requests share a batch, and so how
+    every float is rounded, then depends on the tasks alone and not on the speed of the tools.
     """
     tasks = list(tasks)
     values: list[Any] = [None] * len(tasks)
@@ -75,16 +76,16 @@ def drive(
 
     def resume(i: int, message: Completion | ExecResult | None) -> None:
         try:
-            wish = tasks[i].send(message)
+            wanted = tasks[i].send(message)
         except StopIteration as stop:
             values[i] = stop.value
             if done:
                 done(i, stop.value)
             return
-        if isinstance(wish, str):
-            running[executor.submit(wish)] = (i, wish, 1)
+        if isinstance(wanted, str):
+            running[executor.submit(wanted)] = (i, wanted, 1)
             return
-        ask = wish if isinstance(wish, Ask) else Ask(engine, wish)
+        ask = wanted if isinstance(wanted, Ask) else Ask(engine, wanted)
         key = (id(ask.engine), ask.request.id)
         assert key not in waiting, f"two requests named {ask.request.id} at once"
         engines[id(ask.engine)] = ask.engine
@@ -98,11 +99,11 @@ def drive(
             busy = [e for e in engines.values() if e.has_work()]
             for e in busy:
                 for completion in e.step():
-                    if (id(e), completion.id) in waiting:  # else the request was added by someone else
+                    if (id(e), completion.id) in waiting:  # else the caller added the request before
                         resume(waiting.pop((id(e), completion.id)), completion)
             while running:
-                patience = None if deterministic or not busy else 0
-                finished = wait(running, patience, ALL_COMPLETED if deterministic else FIRST_COMPLETED).done
+                timeout = None if deterministic or not busy else 0
+                finished = wait(running, timeout, ALL_COMPLETED if deterministic else FIRST_COMPLETED).done
                 for future in sorted(finished, key=lambda f: running[f][0]):
                     i, code, tries = running.pop(future)
                     result = future.result()
@@ -115,19 +116,24 @@ def drive(
     finally:
         for task in tasks:
             task.close()
-        for e in engines.values():  # work is left where an exception broke off; a later drive must not get these turns
+        for e in engines.values():  # after an exception, a later drive must not get the completions of this one
             if e.has_work() and hasattr(e, "drop"):
                 e.drop()
     return values
 
 
-# ---- trajectories ---------------------------------------------------------------------------------------------------
+def is_reproducible(*engines: Engine) -> bool:
+    """Whether equal requests in equal order give equal bits, which makes a deterministic `drive` worth its cost."""
+    return all(getattr(engine, "reproducible", False) for engine in engines)
+
+
+# ---- one turn -------------------------------------------------------------------------------------------------------
 
 
 class Turn(FenceParser):
-    """Stop rule of one turn of the policy; tells a listener what is sampled as it arrives.
+    """Stop rule of one turn of the policy, which also passes the text to a listener as it arrives.
 
-    before: text of the step that is there already (r_pre), without which a fence might seem to open a line.
+    before: text of the step so far (r_pre). Without it, a fence might seem to start a line.
     """
 
     def __init__(self, before: str = "", listener: Listener | None = None) -> None:
@@ -142,10 +148,10 @@ class Turn(FenceParser):
 
 
 def parse_step(tokenizer, token_ids: list[int], before: Sequence[int] = ()) -> tuple[int, FenceParser]:
-    """Find the block in the sampled ids of one step: (index of the token in which "```python" begins, parser).
+    """Find the block in the sampled tokens of a step: (index of the token in which "```python" starts, parser).
 
-    Without a closed block the index is len(token_ids). The ids are what counts, not the text that an engine streamed.
-    before: the tokens that the step continues.
+    Without a closed block the index is len(token_ids). The ids are parsed again here, because they are what is learned;
+    the text that an engine streamed only decides where the turn ends. before: the tokens before the step.
     """
     stream, parser, lengths = TextStream(tokenizer, before), FenceParser(), []
     for token in token_ids:
@@ -155,53 +161,47 @@ def parse_step(tokenizer, token_ids: list[int], before: Sequence[int] = ()) -> t
     return act, parser
 
 
-def sample_step(
-    engine: Engine,
-    name: str,
-    context: list[int],
-    r_pre: list[int],
-    room: int,
-    sampling: Sampling,
-    seed: int,
-    shared: int,
-    listener: Listener | None = None,
-):
-    """Sample from the policy, behind `context` and the part `r_pre` of a thought, until a block closes, EOS, or `room`.
+@dataclass
+class Sampler:
+    """Samples the turns of one trajectory.
 
-    Returns (completion, index of the block's first token in r_pre + sampled, parser of that text).
+    name: identifies the trajectory among all that the engine serves. shared: number of leading tokens that other
+    trajectories have too.
     """
-    stream = TextStream(engine.tokenizer, context)
-    turn = Turn("".join(map(stream.push, r_pre)), listener)
-    ids = context + r_pre
-    completion = yield Request(
-        name, ids, room, sampling.temperature, sampling.top_p, sampling.top_k, seed, turn, shared
-    )
-    act, parser = parse_step(engine.tokenizer, r_pre + completion.token_ids, context)
-    return completion, act, parser
+
+    engine: Engine
+    name: str
+    sampling: Sampling
+    shared: int
+    listener: Listener | None = None
+
+    def turn(self, context: list[int], r_pre: list[int], room: int, seed: int) -> Task:
+        """Continue `context` and the start `r_pre` of a thought until a block closes, EOS, or `room` tokens.
+
+        Returns (completion, index of the block's first token in r_pre + sampled tokens, parser of that text).
+        """
+        tokenizer, s = self.engine.tokenizer, self.sampling
+        stream = TextStream(tokenizer, context)
+        stop = Turn("".join(map(stream.push, r_pre)), self.listener)
+        ids = context + r_pre
+        completion = yield Request(self.name, ids, room, s.temperature, s.top_p, s.top_k, seed, stop, self.shared)
+        act, parser = parse_step(tokenizer, r_pre + completion.token_ids, context)
+        return completion, act, parser
 
 
 def split_think(step: Step, suffix_tokens: int) -> int:
-    """Where the suffix of r_t begins: its last `suffix_tokens` tokens, never before r_t itself (paper: L_suffix)."""
+    """Offset where the suffix of r_t starts: its last `suffix_tokens` tokens (L_suffix), never before r_t."""
     return max(step.think_start, step.act_start - suffix_tokens)
 
 
-def think_act_observe(
-    engine: Engine,
-    problem: Problem,
-    prompt_ids: list[int],
-    shared: int,
-    name: str,
-    sampling: Sampling,
-    self_correct: int,
-    suffix_tokens: int,
-    stop_on_failure: bool,
-    listener: Listener | None,
-) -> Task:
-    """One trajectory, see `solve`. name tells it from all others that the engine serves.
+# ---- trajectories ---------------------------------------------------------------------------------------------------
 
-    shared: leading tokens of the prompt that other trajectories have as well.
-    """
-    trajectory = Trajectory(problem, prompt_ids)
+
+def think_act_observe(
+    sampler: Sampler, trajectory: Trajectory, self_correct: int, suffix_tokens: int, stop_on_failure: bool
+) -> Task:
+    """Complete one empty trajectory; see `solve` for the arguments. Paper, sections 2 and 3.3."""
+    engine, sampling, listener = sampler.engine, sampler.sampling, sampler.listener
     rounds = tries = 0
     while not trajectory.finish:
         used = len(trajectory.prompt_ids) + len(trajectory)
@@ -211,10 +211,8 @@ def think_act_observe(
             break
         start = trajectory.steps[-1].end if trajectory.steps else 0
         context, r_pre = trajectory.prompt_ids + trajectory.token_ids[:start], trajectory.token_ids[start:]
-        seed = derive_seed(sampling.seed, name, len(trajectory), trajectory.corrections)
-        completion, act, parser = yield from sample_step(
-            engine, name, context, r_pre, room, sampling, seed, shared, listener
-        )
+        seed = derive_seed(sampling.seed, sampler.name, len(trajectory), trajectory.corrections)
+        completion, act, parser = yield from sampler.turn(context, r_pre, room, seed)
         trajectory.append_sampled(completion.token_ids, completion.logps)
         end = len(trajectory)
         trajectory.steps.append(Step(start, start + act, end, end))
@@ -230,7 +228,7 @@ def think_act_observe(
             break
         text = observation_text(result.observation(sampling.observation_limit), parser.text)
         if not result.passed and tries < self_correct:
-            # back to r_pre: the suffix of the thought and the block are sampled anew; that costs no tool round
+            # backtrack to r_pre and sample the suffix of the thought and the block again; this costs no round
             tries += 1
             trajectory.cut(split_think(trajectory.steps.pop(), suffix_tokens))
             if listener:
@@ -244,7 +242,7 @@ def think_act_observe(
             listener("output", text)
         if stop_on_failure and not result.passed:
             trajectory.finish = "failed_code"
-    if not trajectory.steps or trajectory.steps[-1].end < len(trajectory):  # cut back, and no room to go on
+    if not trajectory.steps or trajectory.steps[-1].end < len(trajectory):  # backtracked, and then no room was left
         start = trajectory.steps[-1].end if trajectory.steps else 0
         trajectory.steps.append(Step(start, len(trajectory), len(trajectory), len(trajectory)))
     trajectory.check()
@@ -265,15 +263,16 @@ def solve(
     done: Callable[[int, Trajectory], None] | None = None,
     deterministic: bool = False,
 ) -> list[Trajectory]:
-    """One trajectory for each entry of `problems` (repeat an entry G times for a group), in their order.
+    """Sample one trajectory for each entry of `problems`, in their order. Repeat an entry G times for a group.
 
     max_rounds: overrides the one of `sampling`.
-    self_correct: tries per step; when a block fails and tries remain, the response is cut back to r_pre (all but the
-    last `suffix_tokens` tokens of the thought) and sampled on from there. When they are spent, the failed output
-    stays and the model goes on. Discarded tokens and corrections are counted in the trajectory.
-    stop_on_failure: a failed block (after the tries) ends the trajectory, finish 'failed_code'.
-    A trajectory whose sandbox failed has finish 'infra': drop it, it says nothing about the policy.
-    `done(index, trajectory)` is called as each one ends. deterministic: see `drive`.
+    self_correct: tries per step. When a block fails and tries remain, backtrack to r_pre (the thought without its last
+    `suffix_tokens` tokens) and sample again from there. When they are used up, the failed output stays and the model
+    continues. The trajectory counts corrections and discarded tokens.
+    stop_on_failure: a failed block (after all tries) ends the trajectory with finish 'failed_code'.
+    done(index, trajectory) is called as each trajectory ends. deterministic: see `drive`.
+
+    A trajectory with finish 'infra' says nothing about the policy and must be dropped.
     """
     if max_rounds is not None:
         sampling = replace(sampling, max_rounds=max_rounds)
@@ -282,25 +281,14 @@ def solve(
     groups = Counter(problem.id for problem in problems)
     seen: Counter[str] = Counter()
     tasks = []
-    for problem in problems:  # named, and so seeded, by id and repetition: not by what else is solved beside it
+    for problem in problems:  # named, and so seeded, by id and repetition: independent of the other problems
         name = f"{problem.id}#{seen[problem.id]}"
         seen[problem.id] += 1
         prompt_ids = prompts[problem.question]
         shared = len(prompt_ids) - 1 if groups[problem.id] > 1 else preamble
-        tasks.append(
-            think_act_observe(
-                engine,
-                problem,
-                prompt_ids,
-                shared,
-                name,
-                sampling,
-                self_correct,
-                suffix_tokens,
-                stop_on_failure,
-                listener,
-            )
-        )
+        sampler = Sampler(engine, name, sampling, shared, listener)
+        trajectory = Trajectory(problem, prompt_ids)
+        tasks.append(think_act_observe(sampler, trajectory, self_correct, suffix_tokens, stop_on_failure))
     return drive(tasks, engine, executor, done, deterministic=deterministic)
 
 
@@ -310,18 +298,18 @@ def solve(
 def regenerate_step(
     engine: Engine, trajectory: Trajectory, step: Step, name: str, sampling: Sampling, suffix_tokens: int
 ) -> Task:
-    """Sample the suffix of one failed step and its block anew (paper: step-level episode level optimisation).
+    """Regenerate the suffix and the block of a failed step: one sample of the step level (paper, section 3.2).
 
     Returns a Trajectory whose prompt is everything up to r_pre, whose response is suffix and block, and whose reward
-    is 1.0 if the block passed, else 0.0; None when no block closed or the sandbox failed.
+    is 1.0 if the block passed, else 0.0. Returns None if no block closed or the sandbox failed.
     """
     cut = split_think(step, suffix_tokens)
     context = trajectory.prompt_ids + trajectory.token_ids[: step.think_start]
     r_pre = trajectory.token_ids[step.think_start : cut]
     sample = Trajectory(trajectory.problem, context + r_pre, finish="stop")
     room = min(sampling.max_tokens - cut, engine.context - len(sample.prompt_ids))
-    seed, shared = derive_seed(sampling.seed, name), len(sample.prompt_ids) - 1
-    completion, act, parser = yield from sample_step(engine, name, context, r_pre, room, sampling, seed, shared)
+    sampler = Sampler(engine, name, sampling, len(sample.prompt_ids) - 1)
+    completion, act, parser = yield from sampler.turn(context, r_pre, room, derive_seed(sampling.seed, name))
     if not parser.closed:
         return None
     result = yield parser.code

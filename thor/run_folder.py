@@ -1,8 +1,7 @@
-"""What every script does around its algorithm: settings, the run folder, metrics, one-line errors.
+"""The folder of one run: config.json, metrics.jsonl, trajectories.jsonl, checkpoints/, final/ and the tracker's files.
 
-A run folder holds config.json, metrics.jsonl, trajectories.jsonl, checkpoints/, final/ and TensorBoard's files.
-Files and folders are written beside their final name and then renamed, so what stands there is whole; jsonl files
-grow a line at a time, and a line that a crash has torn is dropped when a run is resumed.
+Files and folders are written under a temporary name and then renamed, so a file under its final name is complete.
+jsonl files grow line by line; a line that was cut off by a crash is dropped when the run is resumed.
 """
 
 from __future__ import annotations
@@ -17,21 +16,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
 from thor.distributed import rank
 from thor.settings import UserError
 
 
 class Run:
-    """The folder of one run.
+    """A run folder. Only rank 0 writes to it.
 
-    resume=False refuses a folder that holds anything; resume=True takes up what is there (an empty one is fine) and
-    refuses settings other than those of its config.json, but for MAY_CHANGE. Only rank 0 writes.
+    resume=False refuses a folder that is not empty. resume=True continues the run in it, or starts a new one, and
+    refuses settings that differ from its config.json, except for those in MAY_CHANGE. Raises UserError.
     """
 
     MAY_CHANGE = (
-        # how far the run goes, where it stands and what is written of it
-        *("iterations", "out", "save_every", "keep", "evaluate"),
-        # speed and memory: the result is the same but for rounding, which may now and then turn a sampled token
+        # how long the run is, where it is and what it writes
+        *("iterations", "out", "save_every", "keep", "evaluate", "report_to"),
+        # speed and memory: results are the same up to rounding, which may change a sampled token now and then
         *("device", "rank_timeout", "rows", "kv_tokens"),
         *("max_tokens_per_micro_batch", "tree", "gradient_checkpointing"),
     )
@@ -41,21 +42,21 @@ class Run:
         config = dataclasses.asdict(settings)
         config.pop("resume", None)
         if self.folder.exists() and (not self.folder.is_dir() or (any(self.folder.iterdir()) and not resume)):
-            raise UserError(f"--out {folder}: exists and is not empty; give another folder, or --resume to go on there")
+            raise UserError(f"--out {folder}: exists and is not empty; choose another folder, or --resume this run")
         old = self.folder / "config.json"
         saved = json.loads(old.read_text()) if old.exists() else config
         for name in {**saved, **config}:
             if name not in self.MAY_CHANGE and saved.get(name) != config.get(name):
-                raise UserError(f"--resume: {name} was {saved.get(name)!r} in {old}, now {config.get(name)!r}; keep it")
+                raise UserError(f"--resume: {name} was {saved.get(name)!r} in {old}, but now is {config.get(name)!r}")
         self._config = config
-        self._board = None
+        self._tracker_names = check_trackers(config.get("report_to", "none"))
+        self._trackers: list = []
 
     def start(self) -> None:
-        """Make the folder, once all input is known to be good: a failed start leaves nothing behind."""
-        if rank():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.write_json("config.json", self._config)
+        """Create the folder. Call it once all input is valid: a failed start then leaves nothing behind."""
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.write_json("config.json", self._config)
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -65,14 +66,13 @@ class Run:
             write_atomic(self / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def append(self, name: str, record: dict) -> None:
-        """Add one line to a jsonl file (a line torn by a crash is dropped by `read`)."""
-        if rank():
-            return
-        with (self / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Add one line to a jsonl file."""
+        if rank() == 0:
+            with (self / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def read(self, name: str) -> list[dict]:
-        """Whole lines of a jsonl file; what follows the last newline is cut off the file."""
+        """The records of a jsonl file. An incomplete last line is cut off the file."""
         path = self / name
         if not path.exists():
             return []
@@ -83,55 +83,73 @@ class Run:
         return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
 
     def write_trajectories(self, name: str, trajectories: list, tokenizer, **extra: Any) -> None:
-        """Add trajectories to a jsonl file: the ledger, and its text to read."""
-        if rank():
-            return
-        for trajectory in trajectories:
+        """Add trajectories to a jsonl file: the token ledger, and its text for people to read."""
+        for trajectory in trajectories if rank() == 0 else ():
             self.append(name, {**extra, "text": trajectory.text(tokenizer), **trajectory.to_dict()})
 
     def rewind(self, name: str, keep: Callable[[dict], bool]) -> None:
-        """After a resume: drop the records behind the checkpoint, they will be written again."""
-        if rank():
-            return
+        """Drop the records of a jsonl file that are newer than the checkpoint; the resumed run writes them again."""
         path, temporary = self / name, self / f"{name}.tmp"
-        if path.exists():
+        if rank() == 0 and path.exists():
             with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
                 new.writelines(line for line in old if line.endswith("\n") and keep(json.loads(line)))
             os.replace(temporary, path)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line in metrics.jsonl, one point a metric in TensorBoard."""
+        """Add one line to metrics.jsonl, with null for NaN and infinity, and report the rest to the trackers."""
         if rank():
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
         self.append("metrics.jsonl", {"step": step, **clean})
-        self._board = self._board or SummaryWriter(str(self / "tensorboard"), purge_step=step)
-        for name, value in clean.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
-        self._board.flush()
+        if self._tracker_names and not self._trackers:
+            self._trackers = [self._start_tracker(name, step) for name in self._tracker_names]
+        for tracker in self._trackers:
+            tracker.log({name: value for name, value in clean.items() if value is not None}, step=step)
+
+    def _start_tracker(self, name: str, step: int) -> Any:
+        """An accelerate tracker. `step` is the first one that it gets."""
+        if name == "tensorboard":  # purge_step hides points that the resumed run writes again
+            tracker = LOGGER_TYPE_TO_CLASS[name]("tensorboard", self.folder, purge_step=step)
+        else:
+            place = {"logging_dir": self.folder} if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory else {}
+            title = {"name": self.folder.name} if name in ("wandb", "trackio") else {}
+            tracker = LOGGER_TYPE_TO_CLASS[name]("thor", **place, **title)
+        tracker.start()
+        if name != "tensorboard":
+            tracker.store_init_configuration(self._config)
+        return tracker
 
     @contextlib.contextmanager
     def whole_folder(self, name: str) -> Iterator[Path]:
-        """A folder that rank 0 fills, and which gets its name only when the block ends well."""
+        """A folder for rank 0 to fill. It gets its final name only if the block ends without an exception."""
         if rank():
             yield self / name
             return
-        target, temporary = self / name, self / f"{name}.tmp"
+        target, temporary, old = self / name, self / f"{name}.tmp", self / f"{name}.old"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        old = self / f"{name}.old"
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
         os.replace(temporary, target)
-        shutil.rmtree(old, ignore_errors=True)  # or that of a run that was killed between the two names
+        shutil.rmtree(old, ignore_errors=True)  # also one left by a run that was killed between the two renames
+
+
+def check_trackers(names: str) -> list[str]:
+    """The trackers in a comma-separated list, or none for 'none'. Raises UserError if one is unknown or missing."""
+    wanted = [] if names == "none" else [name.strip() for name in names.split(",")]
+    installed = {str(name) for name in get_available_trackers()}
+    for name in wanted:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"--report_to {name}: must be 'none' or some of {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name not in installed:
+            raise UserError(f"--report_to {name}: its package is not installed; pip install {name}")
+    return wanted
 
 
 def write_atomic(path: Path, text: str) -> None:
+    """Write a file that is complete or not there."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

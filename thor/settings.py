@@ -1,4 +1,7 @@
-"""Settings from a dataclass, a YAML file and the command line; one-line errors."""
+"""Settings: one dataclass per script, filled from its defaults, a YAML file and the command line. One-line errors.
+
+Also the seeds of random generators, which derive from the setting `seed`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 import sys
 import traceback
+import typing
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
@@ -22,21 +27,93 @@ S = TypeVar("S")
 
 
 class UserError(Exception):
-    """Something the user can mend; shown as one line."""
+    """A mistake that the user can fix. Scripts print it as one line and exit with code 2."""
 
 
-def at_least(settings: Any, **bounds: int) -> None:
-    """Refuse a setting below its bound, naming its flag."""
-    for name, bound in bounds.items():
-        if getattr(settings, name) < bound:
-            raise UserError(f"--{name} {getattr(settings, name)}: at least {bound} is wanted")
+# ---- declaring and parsing settings ---------------------------------------------------------------------------------
+
+
+def setting(default: Any, help: str, topic: str, min: float | None = None) -> Any:
+    """A field of a settings dataclass, which becomes the flag --NAME.
+
+    topic: group of the flag in --help. min: smallest valid value.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "topic": topic, "min": min})
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print argparse's message in the form of all other errors: flag, value, what is valid."""
+        message = re.sub(r"argument (--\w+)\S*: invalid choice: '?(.*?)'? \(choose from (.*)\)", _one_of, message)
+        message = re.sub(r"argument (--\w+)\S*: invalid (\w+) value: '?(.*?)'?$", r"\1 \3: must be of type \2", message)
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _one_of(match: re.Match) -> str:
+    flag, value, choices = match.groups()
+    return f"{flag} {value}: must be one of " + choices.replace("'", "")
+
+
+def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positional: str = "") -> S:
+    """Read settings from the defaults of `cls`, then `--config file.yaml`, then flags. Exits with code 2 on an error.
+
+    cls: dataclass of `setting` fields. Fields of type Literal have a fixed set of choices.
+    positional: name of a setting that can also be given without its flag.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    hints, topics = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        plain = dataclasses.field(default=field.default, metadata={"help": field.metadata["help"]})
+        topics.setdefault(field.metadata.get("topic", "settings"), []).append((field.name, hints[field.name], plain))
+    groups = [  # HfArgumentParser makes one group of flags per dataclass
+        dataclasses.make_dataclass(topic, fields, namespace={"_argument_group_name": topic})
+        for topic, fields in topics.items()
+    ]
+    formatter = type("Formatter", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
+    usage = f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[--config FILE] [--NAME VALUE ...]"
+    parser = _Parser(groups, description=doc, allow_abbrev=False, formatter_class=formatter, usage=usage)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings by name; flags override it")
+    if positional:
+        parser.add_argument("_positional", nargs="?", metavar=positional.upper(), help=f"the same as --{positional}")
+    if config := parser.parse_args(argv).config:
+        argv = _flags_from(config, cls, parser) + argv
+    *parts, extra = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    settings = cls(**{name: value for part in parts for name, value in vars(part).items()})
+    given = getattr(extra, "_positional", None) if positional else None
+    for field in dataclasses.fields(cls):
+        smallest, value = field.metadata.get("min"), getattr(settings, field.name)
+        if smallest is not None and value < smallest:
+            parser.error(f"--{field.name} {value}: must be at least {smallest}")
+    return dataclasses.replace(settings, **{positional: given}) if given else settings
+
+
+def _flags_from(config: str, cls: type, parser: _Parser) -> list[str]:
+    """The settings of a YAML file as command line flags. A name without a value keeps its default."""
+    try:
+        values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {config}: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {config}: must consist of 'name: value' lines")
+    for name in sorted({str(name) for name in values} - {field.name for field in dataclasses.fields(cls)}):
+        parser.error(f"--config {config}: no setting is named {name!r}")
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 64-bit seed from (seed, iteration, rank, sample, ...), the same on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def user_errors(flag: str = "") -> Iterator[None]:
-    """Around reading input (named by `flag`): a fault ends the program with one line and exit code 2, no traceback.
+    """Turn errors raised while reading input into one line and exit code 2, without a traceback.
 
-    With many ranks a fault of any of them ends all, with that rank's line.
+    flag: the command line flag that the input belongs to. With many ranks, an error on any of them ends all of them,
+    and the first such rank prints its line.
     """
     fault = ""
     try:
@@ -46,34 +123,33 @@ def user_errors(flag: str = "") -> Iterator[None]:
     faults = gather(fault)
     if any(faults):
         first = next(r for r, text in enumerate(faults) if text)
-        if len(faults) == 1 or rank() == first:  # 1: also a rank that could not join the others
+        if len(faults) == 1 or rank() == first:  # 1: also a rank that failed to join the others
             print(f"{Path(sys.argv[0]).name}: error: {f'rank {rank()}: ' if rank() else ''}{fault}", file=sys.stderr)
         sys.exit(2)
 
 
 def run_main(main: Callable[[], None], many_ranks: bool = False) -> None:
-    """Run a script's main; Ctrl-C ends it with one line that says how to go on, and so does a UserError.
+    """Run the main function of a script. Ctrl-C and a UserError end it with one line.
 
-    many_ranks: torchrun may start it more than once. A rank that fails then says so and is gone at once, without
-    waiting for the others; torchrun ends those.
+    many_ranks: the script supports torchrun. A rank that fails prints its error and exits at once, without waiting for
+    the others; the launcher then ends those. (torch's `@record` keeps the first traceback too, but the other ranks
+    still print theirs, and a user's mistake would still be a traceback.)
     """
     name, ranks = Path(sys.argv[0]).name, int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1 and not many_ranks:  # they would write over each other's run folder
-        sys.exit(f"{name}: error: started as {ranks} processes, one is supported")
+    if ranks > 1 and not many_ranks:  # they would overwrite each other's run folder
+        sys.exit(f"{name}: error: started as {ranks} processes, but supports one only")
     code = 0
     try:
         main()
     except KeyboardInterrupt:
         code = 130
         if rank() == 0:
-            print(
-                f"\n{name}: interrupted; a run folder is continued by the same command with --resume", file=sys.stderr
-            )
+            print(f"\n{name}: interrupted; to resume, run the same command with --resume", file=sys.stderr)
     except UserError as error:
         code = 2
-        if first_to_fail():  # of all ranks, or of those that come to this end together
+        if first_to_fail():
             print(f"{name}: error: {error}", file=sys.stderr)
-    except SystemExit as end:  # of bad input, said already: with many ranks it must not take the ordinary way out
+    except SystemExit as end:  # the error was printed already
         if ranks == 1:
             raise
         code = end.code if isinstance(end.code, int) else 1
@@ -86,35 +162,3 @@ def run_main(main: Callable[[], None], many_ranks: bool = False) -> None:
     end_ranks(code)
     if code:
         sys.exit(code)
-
-
-def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positional: str = "") -> S:
-    """Settings from their dataclass's defaults, then `--config file.yaml`, then flags; exit code 2 on any fault.
-
-    positional: name of the setting that may also stand on the command line without its flag.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    formatter = type("Help", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
-    parser = HfArgumentParser(cls, description=doc, allow_abbrev=False, formatter_class=formatter)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings by name; flags on the command line win")
-    if positional:
-        parser.add_argument("_positional", nargs="?", metavar=positional.upper(), help=f"the same as --{positional}")
-    config = parser.parse_args(argv).config
-    if config:
-        try:
-            values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
-            parser.error(f"--config {config}: {' '.join(str(error).split())}")
-        if not isinstance(values, dict):
-            parser.error(f"--config {config}: 'name: value' lines are wanted")
-        for name in sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
-            parser.error(f"--config {config}: no setting is called {name!r}")
-        argv = [word for name, value in values.items() for word in (f"--{name}", str(value))] + argv
-    settings, extra = parser.parse_args_into_dataclasses(argv)
-    given = getattr(extra, "_positional", None)
-    return dataclasses.replace(settings, **{positional: given}) if given else settings
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 64-bit seed from (seed, iteration, rank, sample, ...): the same on every machine and in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")

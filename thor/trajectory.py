@@ -1,10 +1,10 @@
-"""Records that every stage shares: problems, execution results, and the token ledger of a trajectory.
+"""Data types that every stage shares: problems, execution results, and the token ledger of a trajectory.
 
-A trajectory is tau = (r1, a1, o1, ..., rn): the policy thinks (r), acts in one Python block (a), and the interpreter's
-output is observed (o). The ledger holds token ids in the order in which they came to be. Text is derived from ids,
-never the other way round, so what the trainer scores is exactly what the engine sampled.
+A trajectory is tau = (r1, a1, o1, ..., rn): the policy thinks (r), acts by writing one Python block (a), and observes
+what the interpreter returned (o). The ledger is an append-only list of token ids. Text is derived from ids, never the
+reverse, so the trainer scores exactly what the engine sampled.
 
-Shapes, here and in every file: B sequences, T tokens, V vocabulary, G group size, P problems.
+Shapes, in all files: B sequences, T tokens, V vocabulary, G group size, P problems.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from thor.text import decode
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its gold answer (an empty `answer` means that nobody knows it)."""
+    """A question with its gold answer, which is empty if it is not known."""
 
     id: str
     question: str
     answer: str = ""
-    family: str = ""  # kind of problem, where the source tells one
+    family: str = ""  # kind of problem, if the source has one
 
 
 @dataclass(frozen=True)
 class ExecResult:
-    """What running one snippet gave.
+    """The result of running one snippet.
 
-    status: 'ok' | 'error' | 'no_output' | 'timeout' | 'memory' | 'blocked' | 'infra'. The first says that the
-    code passed, the last that the sandbox itself failed (never held against the code), the rest are failures.
+    status: 'ok' | 'error' | 'no_output' | 'timeout' | 'memory' | 'blocked' | 'infra'. 'ok' means that the code passed.
+    'infra' means that the sandbox itself failed, which says nothing about the code. All others are failures.
     """
 
     status: str
@@ -43,7 +43,7 @@ class ExecResult:
         return self.status == "ok"
 
     def observation(self, limit: int = 256) -> str:
-        """Text shown to the model: stdout, or the error; over `limit` characters its two ends around '...'."""
+        """What the model sees: stdout, or the error. Over `limit` characters, the middle is replaced by '...'."""
         text = (self.stdout if self.passed else self.error).strip("\n")
         half = limit // 2
         return text if len(text) <= limit else text[:half] + "..." + text[-half:]
@@ -51,11 +51,11 @@ class ExecResult:
 
 @dataclass
 class Step:
-    """One (think, act, observe) with token offsets into the *whole* response.
+    """One (think, act, observe), with token offsets into the whole response.
 
     think [think_start, act_start)   act [act_start, observe_start)   observe [observe_start, end)
-    Without a closed block (the last step) act_start == observe_start == end. A block that was not run (no rounds left,
-    or the sandbox failed) has no code and no result either.
+    Without a closed block (the last step) act_start == observe_start == end. A block that was not run, because no
+    round was left or the sandbox failed, has neither code nor result.
     """
 
     think_start: int
@@ -72,10 +72,10 @@ class Step:
 
 @dataclass
 class Trajectory:
-    """The token ledger of one response (see the module's docstring).
+    """The token ledger of one response.
 
-    finish: '' while running | 'stop' (EOS sampled) | 'length' | 'rounds' (tool budget spent) | 'failed_code' |
-    'infra' (the sandbox failed: to be dropped, never scored).
+    finish: '' while sampling | 'stop' (EOS) | 'length' | 'rounds' (no round left) | 'failed_code' | 'infra' (the
+    sandbox failed; drop the trajectory, never score it).
     """
 
     problem: Problem
@@ -86,8 +86,8 @@ class Trajectory:
     steps: list[Step] = field(default_factory=list)
     finish: str = ""
     reward: float | None = None
-    discarded: int = 0  # tokens sampled and cut away again by self-correction
-    corrections: int = 0  # how often that happened
+    discarded: int = 0  # sampled tokens that self-correction removed
+    corrections: int = 0  # number of those removals
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -98,24 +98,23 @@ class Trajectory:
         self._append(token_ids, True, logps)
 
     def append_observation(self, token_ids: list[int]) -> None:
-        """Append the interpreter's output, encoded on its own."""
+        """Append the interpreter's output, which was encoded separately."""
         self._append(token_ids, False, [0.0] * len(token_ids))
 
     def _append(self, token_ids: list[int], sampled: bool, logps: list[float]) -> None:
         self.token_ids += token_ids
         self.action_mask += [sampled] * len(token_ids)
         self.logp_sampler += logps
-        assert len(self.token_ids) == len(self.action_mask) == len(self.logp_sampler)
 
     def cut(self, length: int) -> None:
-        """Self-correction at inference: drop everything behind `length`, counting the sampled tokens that go."""
+        """Self-correction: remove everything after `length` tokens, and count the sampled tokens removed."""
         self.discarded += sum(self.action_mask[length:])
         self.corrections += 1
         del self.token_ids[length:], self.action_mask[length:], self.logp_sampler[length:]
         self.steps = [step for step in self.steps if step.end <= length]
 
     def check(self) -> None:
-        """Assert every invariant of the ledger (cheap; the rollout calls it on each finished trajectory)."""
+        """Assert every invariant of the ledger. The rollout calls this on each finished trajectory."""
         assert len(self.token_ids) == len(self.action_mask) == len(self.logp_sampler)
         at = 0
         for step in self.steps:
@@ -124,23 +123,38 @@ class Trajectory:
             assert not any(self.action_mask[step.observe_start : step.end]), "and nothing of the observation"
             assert (step.code is None) == (step.result is None)
             at = step.end
-        assert at == len(self), "steps tile the response"
+        assert at == len(self), "the steps cover the response without gaps"
         assert all(m or lp == 0.0 for m, lp in zip(self.action_mask, self.logp_sampler, strict=True))
 
-    # ---- derived ----
+    # ---- views ----
 
     @property
-    def results(self) -> list[ExecResult]:
-        """What each executed block gave, in order."""
-        return [step.result for step in self.steps if step.result is not None]
+    def all_token_ids(self) -> list[int]:
+        """Prompt and response."""
+        return self.prompt_ids + self.token_ids
+
+    @property
+    def action_positions(self) -> list[int]:
+        """Positions of the action tokens in `all_token_ids`. Only these are ever learned."""
+        return [i for i, sampled in enumerate(self.action_mask, len(self.prompt_ids)) if sampled]
+
+    @property
+    def action_logps(self) -> list[float]:
+        """logp_sampler of the action tokens."""
+        return [lp for lp, sampled in zip(self.logp_sampler, self.action_mask, strict=True) if sampled]
 
     @property
     def num_sampled(self) -> int:
-        """Tokens that the policy sampled and that stand in the response."""
+        """Number of action tokens."""
         return sum(self.action_mask)
 
+    @property
+    def results(self) -> list[ExecResult]:
+        """Results of the executed blocks, in order."""
+        return [step.result for step in self.steps if step.result is not None]
+
     def text(self, tokenizer, policy_only: bool = False) -> str:
-        """The response as text; with `policy_only` without the observations (the answer is looked for there)."""
+        """The response as text. policy_only: without observations; the answer is extracted from this."""
         spans = []
         for step in self.steps:
             spans.append(decode(tokenizer, self.token_ids[step.think_start : step.observe_start]))
@@ -153,7 +167,7 @@ class Trajectory:
 
     @classmethod
     def from_dict(cls, record: dict) -> Trajectory:
-        """Back from `to_dict`; other keys of the record (its text, the iteration) are passed over."""
+        """Inverse of `to_dict`. Ignores other keys, such as the text and the iteration."""
         names = {f.name for f in dataclasses.fields(cls)}
         steps = [
             Step(**{**step, "result": ExecResult(**step["result"]) if step["result"] else None})

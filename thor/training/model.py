@@ -1,4 +1,4 @@
-"""Models: loading, saving, sharding, and what training adds to a model."""
+"""Models: load, save and shard them, and add what training needs."""
 
 from __future__ import annotations
 
@@ -21,19 +21,26 @@ from transformers.utils import logging as hf_logging
 from thor.attention import use_layout_attention
 from thor.demo.model import DEMO_MODEL, ModelError, demo_model
 from thor.distributed import barrier, rank, world_size
-from thor.fast_cpu import keep_freed_memory, keep_less, use_onednn
-from thor.training.scoring import _score_pairs, recompute
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0, in the CPU's memory
+try:
+    from thor.fast_cpu import optimize_for_cpu
+except ImportError:  # optional: without this file everything works, but more slowly on a CPU
+    optimize_for_cpu = None
+from thor.training.scoring import recompute, score_pairs
+
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0, in CPU memory
+
+
+# ---- load and save --------------------------------------------------------------------------------------------------
 
 
 def model_source(name: str) -> str:
-    """The folder or hub id behind a model's name, the demo model fetched on first use; ModelError for a bad folder."""
+    """The folder or hub id of a model's name. Fetches the demo model on first use. Raises ModelError."""
     source = str(demo_model()) if name == DEMO_MODEL else name
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{name}: no config.json there; a Hugging Face model folder is wanted")
+            raise ModelError(f"{name}: no config.json in this folder; it must be a Hugging Face model folder")
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
             raise ModelError(f"{name}: config.json but no weights (*.safetensors) in this model folder")
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -42,12 +49,13 @@ def model_source(name: str) -> str:
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "float32") -> tuple[PreTrainedModel, object]:
-    """Model (in eval mode, with layout attention) and tokenizer.
+    """Load a model, in eval mode and with layout attention, and its tokenizer.
 
     name: 'smollm2-135m' (fetched on first use), a local Hugging Face folder, or a hub id.
-    device: 'auto' is a GPU where there is one. dtype: 'auto' is float32 on the CPU and bfloat16 on a GPU, for sampling
-    alone; what is trained stays in float32, since small updates would be rounded away in bfloat16.
-    Raises ModelError with one line that says what to do.
+    device: 'auto' is a GPU if there is one.
+    dtype: 'auto' is float32 on the CPU and bfloat16 on a GPU. Use it only for sampling: training in bfloat16 would
+    round small updates away.
+    Raises ModelError, whose message is one line that says what to do.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
@@ -67,19 +75,17 @@ def load_model(name: str, device: str = "auto", dtype: str = "float32") -> tuple
 
 
 def prepare(model: PreTrainedModel, device: str = "cpu") -> None:
-    """Give `model` layout attention, and what there is to make it fast and small on the device it will be on."""
+    """Switch `model` to layout attention, and optimise it for the CPU if that is its device. Raises ValueError."""
     use_layout_attention(model)
-    if device == "cpu":
-        use_onednn(model)
-        keep_less(model)
-        keep_freed_memory()
+    if device == "cpu" and optimize_for_cpu:
+        optimize_for_cpu(model)
 
 
 def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
-    """Write a plain Hugging Face folder that transformers and vLLM load: whole parameters, no value head."""
-    state = get_model_state_dict(model, options=WHOLE)  # all ranks help to gather it
+    """Write a plain Hugging Face folder that transformers and vLLM load: full parameters, no value head."""
+    state = get_model_state_dict(model, options=FULL_STATE)  # a collective operation
     if rank() == 0:
-        # named_parameters has tied parameters once, under the name that transformers stores them by
+        # named_parameters lists tied parameters once, under the name that transformers stores
         names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         policy = {name: state[name] for name in state if name in names and not name.startswith("value_head.")}
         model.save_pretrained(folder, state_dict=policy)
@@ -87,14 +93,14 @@ def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
     barrier()
 
 
-# ---- what training adds to a model ----------------------------------------------------------------------------------
+# ---- what training adds ---------------------------------------------------------------------------------------------
 
 
 def add_value_head(model: PreTrainedModel) -> None:
-    """A critic that shares the policy's body: values = value_head(hidden state), one for each level, 0 at first.
+    """Add a critic on the policy's hidden states: one value per level, 0 at first.
 
-    Trajectory and step level have rewards of different meaning (the answer is right, the block runs) at the same
-    tokens, so each has its own output.
+    The two levels have different rewards at the same tokens (the answer is right; the block runs), so each level has
+    an output of its own.
     """
     hidden = model.config.get_text_config().hidden_size
     model.value_head = torch.nn.Linear(hidden, 2, device=model.device, dtype=model.dtype)
@@ -103,17 +109,18 @@ def add_value_head(model: PreTrainedModel) -> None:
 
 
 def checkpoint_gradients(model: PreTrainedModel) -> None:
-    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, a third more time."""
-    for layer in decoder_layers(model):  # transformers' own switch works only in training mode, which has dropout
+    """Keep only the inputs of each layer for the backward pass: less memory for a third more compute."""
+    for layer in decoder_layers(model):  # transformers' own switch works only in training mode, which enables dropout
         layer.forward = partial(recompute, layer.forward)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The transformer layers of a model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def sampling_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """What HFEngine samples from: `model` itself, or, where that is going to be sharded, a whole copy on each rank.
+    """The model that HFEngine samples from: `model` itself, or a full copy on each rank if `model` will be sharded.
 
     The copy is in bfloat16 on a GPU. `HFEngine.update_weights(policy_parameters(model))` brings it up to date.
     """
@@ -121,33 +128,33 @@ def sampling_copy(model: PreTrainedModel) -> PreTrainedModel:
         return model
     clone = copy.deepcopy(model)
     if model.device.type == "cuda":
-        for parameter in clone.parameters():  # not clone.to(), which would round the rotary frequencies too
+        for parameter in clone.parameters():  # clone.to() would round the rotary frequencies too
             parameter.data = parameter.data.to(torch.bfloat16)
     return clone
 
 
 def shard(model: PreTrainedModel) -> None:
-    """Divide parameters, gradients and optimizer state among the ranks (FSDP2), if there is a process group.
+    """Shard parameters, gradients and optimizer state over the ranks (FSDP2), if there is a process group.
 
-    On GPUs a layer computes in bfloat16; its parameters, and the sum of gradients over ranks, stay in float32. Each
-    layer is gathered when it is its turn; embeddings, head and value head stay gathered from forward to backward.
-    torch's own fully_shard and not accelerate, which refuses to shard on CPUs, where this is tested.
+    On GPUs a layer computes in bfloat16, while its parameters and the reduced gradients stay in float32. Layers are
+    gathered one at a time; embeddings, head and value head stay gathered from the forward to the backward pass.
+    This calls torch's fully_shard, because accelerate refuses to shard on CPUs, where the tests run.
     """
     if not dist.is_initialized():
         return
     kind = model.device.type
     mesh = dist.init_device_mesh(kind, (world_size(),))
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    how = {"mesh": mesh, "mp_policy": bf16 if kind == "cuda" else MixedPrecisionPolicy()}
+    options = {"mesh": mesh, "mp_policy": bf16 if kind == "cuda" else MixedPrecisionPolicy()}
     for layer in decoder_layers(model):
-        fully_shard(layer, **how)
-    fully_shard(model, **how)
-    model.score_pairs = types.MethodType(_score_pairs, model)
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    model.score_pairs = types.MethodType(score_pairs, model)
     register_fsdp_forward_method(model, "score_pairs")
 
 
 def policy_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole parameter) without the value head, one after the other; all ranks must go through all of them."""
+    """(name, full parameter) without the value head. With many ranks, all of them must iterate to the end."""
     for name, parameter in model.named_parameters():
         if not name.startswith("value_head."):
             yield name, parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -1,4 +1,4 @@
-"""Log-probs of chosen tokens, with gradients.
+"""Log-probs and entropies of chosen tokens, with gradients and without ever holding all logits.
 
 Shapes: B sequences, T distinct tokens of their tree, N scored tokens, V vocabulary.
 """
@@ -16,17 +16,17 @@ from transformers import PreTrainedModel
 
 from thor.attention import Tree
 
-LOGITS = 1 << 26  # logits that exist at once; in float32 they take 256 MiB
-CACHED = 1 << 22  # of them, those that a CPU passes over at a time; in float32 they take 16 MiB
-# of a function: keep its arguments, and compute it again in the backward pass; there is no dropout to repeat
+MAX_LOGITS = 1 << 26  # logits that exist at the same time; 256 MiB in float32
+CACHE_LOGITS = 1 << 22  # logits that a CPU processes at a time; 16 MiB in float32, so that they stay in its cache
+# run a function now and again in the backward pass instead of keeping its intermediates; there is no dropout to repeat
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass
 class Scores:
-    """Of the scored tokens, sequence after sequence, in float32: log-probs and entropies, both [N] with gradients.
+    """Scores of N tokens, sequence after sequence, in float32 with gradients.
 
-    value: [N, 2] with gradients, of the state before each token, if the model has a value head (see add_value_head).
+    logp, entropy: [N]. value: [N, 2], one per level, of the state before each token, if the model has a value head.
     """
 
     logp: torch.Tensor
@@ -42,27 +42,58 @@ def score_tokens(
     chunk: int | None = None,
     tree: bool = True,
 ) -> Scores:
-    """log p(token | all before it) at temperature, for the tokens at positions `scored[b]` (>= 1) of sequence b.
+    """log p(token | tokens before it) at `temperature`, for the tokens at positions `scored[b]` (>= 1) of sequence b.
 
-    The sequences are merged into a tree, so that a shared prefix is computed once (tree=False: they stand whole side
-    by side). Only states that predict a scored token are projected to the vocabulary, `chunk` of them at a time
-    (default: LOGITS / V), and all but the last chunk again in the backward pass: logits [T, V] never exist at once.
+    tree: merge the sequences into a prefix tree, so that a shared prefix is computed once; the result is the same.
+    chunk: hidden states that are projected to the vocabulary at a time (default: MAX_LOGITS / V). Only states that
+    predict a scored token are projected, and all chunks but the last one are recomputed in the backward pass.
     """
     layout = Tree(sequences, share=tree)
     pairs = [(layout.index[b][p - 1], sequences[b][p]) for b, positions in enumerate(scored) for p in positions]
     pairs = torch.tensor(pairs, device=model.device, dtype=torch.long).reshape(-1, 2)
-    # a sharded model is gathered only inside its own methods, see `shard`
-    score = getattr(model, "score_pairs", None) or types.MethodType(_score_pairs, model)
-    chunk = chunk or max(1, LOGITS // model.config.get_text_config().vocab_size)
+    # a sharded model gathers its parameters only inside its own methods, see thor.training.model.shard
+    score = getattr(model, "score_pairs", None) or types.MethodType(score_pairs, model)
+    chunk = chunk or max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     return Scores(*score(layout, pairs, temperature, chunk))
 
 
-class _LogProb(torch.autograd.Function):
-    """logits [N, V], targets [N] -> log-probs of the targets [N] and entropies [N] at temperature, in float32.
+@torch.no_grad()
+def score_text(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
+    """Log-probs of all tokens but the first at temperature 1. VLLMEngine verifies weight updates with it."""
+    return score_tokens(model, [token_ids], [list(range(1, len(token_ids)))], 1.0).logp.tolist()
 
-    By autograd it would be slower and take several times the memory: to write a new tensor as large as the logits
-    costs more than what is computed in it. Here the forward pass makes none, but for a few rows at a time, and neither
-    does the backward pass: it turns the logits themselves, which nothing else needs, into their gradient.
+
+def score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temperature: float, chunk: int):
+    """(logp, entropy, value) of `pairs` [N, 2]: (position in the row of the state that predicts, id of its target)."""
+    hidden = model.base_model(
+        input_ids=torch.tensor([layout.token_ids], device=pairs.device),
+        position_ids=torch.tensor([layout.positions], device=pairs.device),
+        use_cache=False,
+        layout=layout,
+    ).last_hidden_state[0]
+    states, targets = pairs.unbind(1)
+    head, value_head = model.get_output_embeddings(), getattr(model, "value_head", None)
+
+    def project(states: torch.Tensor, targets: torch.Tensor):
+        return LogProb.apply(head(states), targets, temperature)
+
+    # at least one chunk, even if it is empty: with many ranks every parameter needs a gradient on each of them
+    starts = range(0, max(1, len(pairs)), chunk)
+    parts = []
+    for i in starts:
+        # the backward pass needs the last chunk's logits first, so they are kept; the others are recomputed
+        compute = project if i == starts[-1] else partial(recompute, project)
+        parts.append(compute(hidden[states[i : i + chunk]], targets[i : i + chunk]))
+    logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logp, entropy, value_head(hidden[states]).float() if value_head else None
+
+
+class LogProb(torch.autograd.Function):
+    """logits [N, V], targets [N] -> log-probs of the targets [N] and entropies [N] at a temperature, in float32.
+
+    Plain autograd would be slower and take several times the memory, because it writes tensors of the size of the
+    logits. The forward pass here processes a few rows at a time. The backward pass overwrites the logits, which
+    nothing else uses, with their gradient.
     """
 
     @staticmethod
@@ -88,48 +119,17 @@ class _LogProb(torch.autograd.Function):
         """d logp / d z_j = 1[j is the target] - p_j,  d entropy / d z_j = -p_j (log p_j + entropy),  z = scaled"""
         logits, targets, log_total, entropy = ctx.saved_tensors
         gradient = logits.detach()
-        pull = torch.zeros_like(entropy) if d_logp is None else d_logp[:, None] / ctx.temperature
+        d_target = torch.zeros_like(entropy) if d_logp is None else d_logp[:, None] / ctx.temperature
         for rows in _blocks(logits):
             logps = gradient[rows].float().div_(ctx.temperature).sub_(log_total[rows])
-            through = pull[rows]
+            factor = d_target[rows]
             if d_entropy is not None:
-                through = through + (logps + entropy[rows]) * d_entropy[rows, None] / ctx.temperature
-            gradient[rows] = logps.exp_().mul_(-through).scatter_add_(1, targets[rows, None], pull[rows])
+                factor = factor + (logps + entropy[rows]) * d_entropy[rows, None] / ctx.temperature
+            gradient[rows] = logps.exp_().mul_(-factor).scatter_add_(1, targets[rows, None], d_target[rows])
         return gradient, None, None
 
 
 def _blocks(logits: torch.Tensor) -> list[slice]:
-    """Slices of as many rows as stay in a CPU's cache while they are passed over; a GPU takes all at once."""
-    rows = max(1, len(logits) if logits.is_cuda else CACHED // logits.shape[1])
+    """Slices of as many rows as fit in a CPU's cache; a GPU takes all rows at once."""
+    rows = max(1, len(logits) if logits.is_cuda else CACHE_LOGITS // logits.shape[1])
     return [slice(i, i + rows) for i in range(0, len(logits), rows)]
-
-
-def _score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temperature: float, chunk: int):
-    """(logp, entropy, value) for `pairs` [N, 2] of (place of the predicting state in the row, id of its target)."""
-    hidden = model.base_model(
-        input_ids=torch.tensor([layout.token_ids], device=pairs.device),
-        position_ids=torch.tensor([layout.positions], device=pairs.device),
-        use_cache=False,
-        layout=layout,
-    ).last_hidden_state[0]
-    states, targets = pairs.unbind(1)
-    head, value_head = model.get_output_embeddings(), getattr(model, "value_head", None)
-
-    def project(states: torch.Tensor, targets: torch.Tensor):
-        return _LogProb.apply(head(states), targets, temperature)
-
-    # one chunk even if nothing is scored: on many ranks every parameter needs a gradient on each of them
-    starts = range(0, max(1, len(pairs)), chunk)
-    parts = []
-    for i in starts:
-        # the last chunk's logits are the first that the backward pass needs: they stay, the others are computed again
-        compute = project if i == starts[-1] else partial(recompute, project)
-        parts.append(compute(hidden[states[i : i + chunk]], targets[i : i + chunk]))
-    logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logp, entropy, value_head(hidden[states]).float() if value_head else None
-
-
-@torch.no_grad()
-def score_text(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
-    """Log-probs of a text's tokens but the first at temperature 1, to which an engine's are held (its `score`)."""
-    return score_tokens(model, [token_ids], [list(range(1, len(token_ids)))], 1.0).logp.tolist()

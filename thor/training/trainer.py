@@ -1,11 +1,16 @@
-"""The optimizer step over micro-batches, guards and checkpoints."""
+"""The trainer that SFT and RL share: batches, the optimizer step, guards, checkpoints and the training loop's state.
+
+Shapes: N action tokens of a micro-batch.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -17,21 +22,128 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from thor.attention import common_prefix
+from thor.demo.model import DEMO_MODEL
 from thor.distributed import all_reduce_sum, barrier, gather, rank, world_size
 from thor.run_folder import Run, write_atomic
-from thor.settings import UserError
-from thor.training.model import WHOLE
+from thor.settings import UserError, setting
+from thor.training.model import FULL_STATE, checkpoint_gradients, shard
 from thor.training.scoring import Scores, score_tokens
+from thor.trajectory import Trajectory
+
+MAX_SKIPPED = 3  # a run stops after so many skipped optimizer steps in a row
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings that run_sft.py and run_rl.py share."""
+
+    model: str = setting(DEMO_MODEL, "name of the demo model, folder or hub id", "model")
+    device: str = setting("auto", "'cpu', 'cuda', or 'auto' for a GPU if there is one", "model")
+    lr: float = setting(1e-5, "learning rate", "optimisation")
+    weight_decay: float = setting(0.0, "weight decay of AdamW", "optimisation")
+    clip: float = setting(1.0, "largest gradient norm", "optimisation")
+    max_tokens_per_micro_batch: int = setting(1024, "distinct tokens in one forward and backward pass", "memory", min=1)
+    tree: bool = setting(True, "compute shared prefixes once; the result is the same", "memory")
+    gradient_checkpointing: bool = setting(False, "less memory for a third more compute", "memory")
+    save_every: int = setting(1, "iterations between checkpoints", "run", min=1)
+    keep: int = setting(2, "newest checkpoints to keep", "run", min=1)
+    evaluate: bool = setting(True, "score held-out problems", "run")
+    rank_timeout: float = setting(3600.0, "seconds that a rank waits for the others", "run")
+    seed: int = setting(0, "random seed", "run")
+    report_to: str = setting("tensorboard", "trackers, such as 'tensorboard,wandb'; 'none' for none", "run")
+    out: str = setting("runs/train", "run folder to write", "run")
+    resume: bool = setting(False, "resume the run in --out", "run")
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """A trajectory to learn from. Only its N action tokens are scored.
+
+    advantage: one number for all tokens (GRPO), or [N] (PPO). level: 'trajectory' | 'step'.
+    logp_old, logp_ref: [N] under the policy before the update, and under the policy at the start of the run.
+    value_old, returns: [N], for PPO.
+    """
+
+    trajectory: Trajectory
+    advantage: float | torch.Tensor = 1.0
+    level: str = "trajectory"
+    logp_old: torch.Tensor | None = None
+    logp_ref: torch.Tensor | None = None
+    value_old: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+    @property
+    def advantages(self) -> torch.Tensor:
+        """[N]"""
+        return torch.as_tensor(self.advantage, dtype=torch.float32).expand(self.trajectory.num_sampled)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Action tokens of a whole optimizer batch: the denominators of the loss."""
+
+    trajectory: int
+    step: int
+    positive: int  # with advantage > 0
+
+    @classmethod
+    def of(cls, samples: list[Sample]) -> Counts:
+        return cls(
+            sum(s.trajectory.num_sampled for s in samples if s.level == "trajectory"),
+            sum(s.trajectory.num_sampled for s in samples if s.level == "step"),
+            sum(int((s.advantages > 0).sum()) for s in samples),
+        )
+
+
+@dataclass
+class Batch:
+    """What the loss needs beside the scores of a micro-batch: tensors [N], and the counts of the optimizer batch.
+
+    logp_sampler is NaN where the engine reported none. The last four are None where the samples lack them.
+    """
+
+    counts: Counts
+    advantage: torch.Tensor
+    is_step: torch.Tensor
+    logp_sampler: torch.Tensor
+    logp_old: torch.Tensor | None = None
+    logp_ref: torch.Tensor | None = None
+    value_old: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+
+def collate(samples: list[Sample], counts: Counts, device: torch.device | str = "cpu") -> Batch:
+    """Concatenate the action tokens of the samples of a micro-batch."""
+
+    def join(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([torch.empty(0), *parts]).to(device)  # a rank may have no samples
+
+    optional = ("logp_old", "logp_ref", "value_old", "returns")
+    return Batch(
+        counts,
+        join([s.advantages for s in samples]),
+        join([torch.full((s.trajectory.num_sampled,), s.level == "step") for s in samples]).bool(),
+        join([torch.tensor(s.trajectory.action_logps) for s in samples]),
+        *(
+            join([getattr(s, name) for s in samples]) if all(getattr(s, name) is not None for s in samples) else None
+            for name in optional
+        ),
+    )
 
 
 def micro_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> Iterator[list[int]]:
-    """Indices in batches of at most `budget` distinct tokens (a longer sequence goes alone), like prefixes together.
+    """Indices of `sequences` in batches of at most `budget` distinct tokens; a longer sequence is a batch by itself.
 
-    A prefix tree over the budget is thereby split into sub-trees, each with a copy of what they share.
-    tree=False: nothing is shared, every token counts.
+    Sequences with a common prefix are neighbours. A prefix tree over the budget is split into sub-trees, each with a
+    copy of the tokens that they share. tree=False: nothing is shared, every token counts.
     """
     batch: list[int] = []
     tokens, last = 0, []
@@ -49,14 +161,14 @@ def micro_batches(sequences: list[list[int]], budget: int, tree: bool = True) ->
 
 
 def distinct_tokens(sequences: list[list[int]], tree: bool = True) -> int:
-    """Tokens of the row that `sequences` are laid out in."""
+    """Length of the row that `sequences` are laid out in."""
     ordered = sorted(sequences)
     shared = sum(common_prefix(a, b) for a, b in pairwise(ordered)) if tree else 0
     return sum(map(len, ordered)) - shared
 
 
 def rank_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> list[list[int]]:
-    """This rank's micro-batches. All ranks get equally many, of similar size at a time; some may get empty ones."""
+    """This rank's micro-batches. All ranks get the same number, in order of size; some may be empty."""
     ranks = world_size()
     if ranks == 1:
         return list(micro_batches(sequences, budget, tree))
@@ -67,105 +179,196 @@ def rank_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> 
     return batches[rank() :: ranks]
 
 
-def optimizer_step(
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    sequences: list[list[int]],
-    scored: list[list[int]],
-    loss_of: Callable[[list[int], Scores], torch.Tensor],
-    max_tokens_per_micro_batch: int,
-    clip: float,
-    temperature: float = 1.0,
-    tree: bool = True,
-) -> dict[str, float]:
-    """One step on all `sequences` (the same list on all ranks): gradients are summed, then clipped, then applied.
+# ---- the trainer ----------------------------------------------------------------------------------------------------
 
-    `loss_of(members, scores)` is the part of the loss that the sequences `members` add, already divided by what is
-    counted over the whole batch, so that the gradient does not depend on how the batch is cut. A rank that is left
-    without work calls it with no members, so that it joins in what the ranks do together. A loss or gradient that is
-    not finite skips the step: 'skipped' is 1.0 and the weights stay.
+Loss = Callable[[Batch, Scores], tuple[torch.Tensor, dict[str, float]]]
+
+
+class Trainer:
+    """Owns the model, the optimizer and the state of a training run, and resumes the run's last checkpoint.
+
+    temperature: of the softmax that scores tokens. value_lr: learning rate of the value head, if there is one.
+    reference: a frozen model to score with, which is sharded like the policy.
+    state: saved with each checkpoint; scripts add what they need to resume.
     """
-    total = 0.0
-    for members in rank_batches(sequences, max_tokens_per_micro_batch, tree):
-        rows = [sequences[b] for b in members] or [sequences[0][:1]]
-        scores = score_tokens(model, rows, [scored[b] for b in members] or [[]], temperature, tree=tree)
-        loss = loss_of(members, scores)
-        (loss * world_size()).backward()  # FSDP takes the mean over ranks, wanted is the sum
-        total += loss.item()
-    total = all_reduce_sum({"loss": total})["loss"]
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    skipped = not (math.isfinite(total) and math.isfinite(norm))
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": total, "grad_norm": norm, "skipped": float(skipped)}
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        run: Run,
+        settings: TrainSettings,
+        temperature: float = 1.0,
+        value_lr: float | None = None,
+        reference: PreTrainedModel | None = None,
+    ) -> None:
+        self.model, self.run, self.settings = model, run, settings
+        self.temperature, self.reference = temperature, reference
+        if settings.gradient_checkpointing:
+            checkpoint_gradients(model)
+        for sharded in (model, reference) if reference else (model,):
+            shard(sharded)
+        head = [p for name, p in model.named_parameters() if name.startswith("value_head.")]
+        body = [p for name, p in model.named_parameters() if not name.startswith("value_head.")]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": body}, *([{"params": head, "lr": value_lr}] if head else [])],
+            lr=settings.lr,
+            betas=(0.9, 0.95),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.state = {"iteration": 0, "skipped_in_a_row": 0} | self._restore()
+        self.steps = 0  # optimizer steps of this iteration
+        for name in ("metrics.jsonl", "trajectories.jsonl"):
+            run.rewind(name, lambda record: record.get("step", -1) < self.state["iteration"])
+
+    def iterations(self, total: int, name: str, unit: str) -> Iterator[int]:
+        """The iterations that remain, behind a progress bar `self.bar`. Saves checkpoints between them.
+
+        Raises UserError after MAX_SKIPPED skipped optimizer steps in a row, with the last good weights saved.
+        """
+        start, save_every = self.state["iteration"], self.settings.save_every
+        with tqdm(total=total, initial=start, desc=name, unit=unit, disable=rank() > 0) as self.bar:
+            for iteration in range(start, total):
+                self.steps = 0
+                yield iteration
+                self.bar.update()
+                self.state["iteration"] = iteration + 1
+                if self.stuck:
+                    self.save(self.state | {"skipped_in_a_row": 0})
+                    raise UserError(
+                        f"{MAX_SKIPPED} optimizer steps in a row were skipped, because loss or gradient was not "
+                        f"finite; their batches are in {self.run / 'skipped'}, the weights before them in "
+                        f"{self.run / CHECKPOINTS}"
+                    )
+                if (iteration + 1) % save_every == 0 or iteration + 1 == total:
+                    self.save(self.state)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether too many optimizer steps in a row were skipped."""
+        return self.state["skipped_in_a_row"] == MAX_SKIPPED
+
+    def step(self, samples: list[Sample], loss: Loss) -> dict[str, float]:
+        """One optimizer step on `samples`, the same list on all ranks: sum the gradients, clip them, update.
+
+        loss(batch, scores) returns what a micro-batch contributes to the loss, and sums of its metrics. It divides by
+        batch.counts, which covers all samples, so the gradient does not depend on how they are cut into micro-batches.
+        A loss or gradient that is not finite skips the step: the weights stay, and the samples are written to skipped/.
+
+        Returns 'loss', 'grad_norm' (before clipping), 'skipped' (0 or 1), the action tokens of each level
+        ('tokens_trajectory', 'tokens_step') and the summed metrics.
+        """
+        counts, sums, logps = Counts.of(samples), Counter(), {}
+        for members in self._rank_batches(samples):
+            part = [samples[b] for b in members]
+            scores = self._score(self.model, part, samples)
+            value, info = loss(collate(part, counts, scores.logp.device), scores)
+            (value * world_size()).backward()  # FSDP averages over ranks, but the sum is needed
+            sums.update({"loss": value.item()} | info)
+            logps.update(zip(members, _split(scores.logp.detach(), part), strict=True))
+        metrics = all_reduce_sum(sums)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        skipped = not (math.isfinite(metrics["loss"]) and math.isfinite(norm))
+        if not skipped:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if skipped:
+            self._dump(samples, logps)
+        self.state["skipped_in_a_row"] = self.state["skipped_in_a_row"] + 1 if skipped else 0
+        self.steps += 1
+        tokens = {"tokens_trajectory": counts.trajectory, "tokens_step": counts.step}
+        return {**metrics, **tokens, "grad_norm": norm, "skipped": float(skipped)}
+
+    @torch.no_grad()
+    def score(self, samples: list[Sample], model: PreTrainedModel | None = None) -> list[tuple]:
+        """(logp [N], value [N, 2] or None) of each sample under `model` (default: the policy), on the CPU."""
+        found = {}
+        for members in self._rank_batches(samples):
+            part = [samples[b] for b in members]
+            scores = self._score(model or self.model, part, samples)
+            values = [None] * len(part) if scores.value is None else _split(scores.value.cpu(), part)
+            found.update(zip(members, zip(_split(scores.logp.cpu(), part), values, strict=True), strict=True))
+        found = {b: scores for part in gather(found) for b, scores in part.items()}
+        return [found[b] for b in range(len(samples))]
+
+    def _rank_batches(self, samples: list[Sample]) -> list[list[int]]:
+        sequences = [s.trajectory.all_token_ids for s in samples]
+        return rank_batches(sequences, self.settings.max_tokens_per_micro_batch, self.settings.tree)
+
+    def _score(self, model: PreTrainedModel, part: list[Sample], samples: list[Sample]) -> Scores:
+        # a rank without samples scores no token of some sequence, because the forward pass is a collective operation
+        sequences = [s.trajectory.all_token_ids for s in part] or [samples[0].trajectory.all_token_ids[:1]]
+        scored = [s.trajectory.action_positions for s in part] or [[]]
+        return score_tokens(model, sequences, scored, self.temperature, tree=self.settings.tree)
+
+    def _dump(self, samples: list[Sample], logps: dict[int, torch.Tensor]) -> None:
+        """Write what this rank computed of a skipped batch to skipped/<iteration>-<step>-rank<rank>.jsonl."""
+        records = []
+        for b, logp in logps.items():
+            sample, names = samples[b], ("advantages", "logp_old", "logp_ref", "value_old", "returns")
+            tensors = {name: value.tolist() for name in names if (value := getattr(sample, name)) is not None}
+            record = {
+                "level": sample.level,
+                **sample.trajectory.to_dict(),
+                "scored": sample.trajectory.action_positions,
+            }
+            records.append(record | tensors | {"logp_sampler": sample.trajectory.action_logps, "logp": logp.tolist()})
+        if records:
+            folder = self.run / "skipped"
+            folder.mkdir(parents=True, exist_ok=True)  # on another node the run folder may not exist yet
+            name = f"{self.state['iteration']:06d}-{self.steps}-rank{rank()}.jsonl"
+            write_atomic(folder / name, "".join(json.dumps(record) + "\n" for record in records))
+
+    # ---- checkpoints ----
+
+    def save(self, state: dict) -> None:
+        """Write checkpoints/<iteration>.pt, point latest.pt to it, and keep only the newest ones.
+
+        Parameters and optimizer state are full and by name, so any number of ranks can resume. A checkpoint is linked
+        only when it is complete: latest.pt is valid wherever the run is killed.
+        """
+        everything = {
+            "model": get_model_state_dict(self.model, options=FULL_STATE),
+            # before the first step there is no state, and asking for it would create some
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE)
+            if self.optimizer.state
+            else None,
+            "state": state,
+        }
+        if rank() == 0:
+            folder = self.run / CHECKPOINTS
+            folder.mkdir(exist_ok=True)
+            path, temporary = folder / f"{state['iteration']:06d}.pt", folder / "checkpoint.tmp"
+            link = folder / "link.tmp"
+            torch.save(everything, temporary)
+            os.replace(temporary, path)
+            link.unlink(missing_ok=True)  # left by a run that was killed here
+            link.symlink_to(path.name)
+            os.replace(link, folder / "latest.pt")
+            found = sorted(folder.glob("[0-9]*.pt"))
+            newer = found.index(path) + 1  # a killed run may have left a later checkpoint that was never linked
+            for other in found[: max(0, newer - self.settings.keep)] + found[newer:]:
+                other.unlink()
+        barrier()  # if another rank failed meanwhile, the launcher would kill rank 0 while it writes
+
+    def _restore(self) -> dict:
+        """Load the run's checkpoint, if there is one. Returns its state, or {}."""
+        path, saved = self.run / CHECKPOINTS / "latest.pt", {}
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: broken symlink; link it to a checkpoint beside it, or start in another folder")
+        if rank() == 0 and path.exists():
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        state, has_optimizer = gather((saved.get("state"), bool(saved.get("optimizer"))))[0]
+        if state is None:
+            return {}
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
+        set_model_state_dict(self.model, saved.get("model", {}), options=options)
+        if has_optimizer:
+            set_optimizer_state_dict(self.model, self.optimizer, saved.get("optimizer", {}), options=options)
+        return state
 
 
-# ---- guards and checkpoints -----------------------------------------------------------------------------------------
-
-MAX_SKIPPED = 3  # optimizer steps in a row, then a run stops
-CHECKPOINTS = "checkpoints"
-
-
-def dump_skipped(run: Run, name: str, records: list[dict]) -> None:
-    """The batch of a skipped step, to look at: skipped/<name>-rank<r>.jsonl with what this rank had of it, if any."""
-    if not records:
-        return
-    folder = run / "skipped"
-    folder.mkdir(parents=True, exist_ok=True)  # on a node of its own it is not there yet
-    write_atomic(folder / f"{name}-rank{rank()}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-
-
-def not_finite(run: Run) -> UserError:
-    return UserError(
-        f"{MAX_SKIPPED} optimizer steps in a row had a loss or gradient that is not finite, and were left out; "
-        f"their batches are in {run / 'skipped'}, the weights before them in {run / CHECKPOINTS}"
-    )
-
-
-def save_checkpoint(
-    run: Run, model: PreTrainedModel, optimizer: torch.optim.Optimizer, number: int, progress: dict, keep: int
-) -> None:
-    """checkpoints/<number>.pt: all that a resumed run needs; the newest `keep` stay, latest.pt links to the last.
-
-    Parameters and optimizer state are whole in it, by name, so that any number of ranks can load it. A file and then
-    the link get their names when they are whole: wherever a run is killed, latest.pt is a good checkpoint.
-    """
-    state = {
-        "model": get_model_state_dict(model, options=WHOLE),
-        # without a step taken there is no state, and asking for it would make some
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else None,
-        "progress": progress,
-    }
-    if rank() == 0:
-        folder = run / CHECKPOINTS
-        folder.mkdir(exist_ok=True)
-        path, temporary, link = folder / f"{number:06d}.pt", folder / "checkpoint.tmp", folder / "link.tmp"
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-        link.unlink(missing_ok=True)  # of a run that was killed here
-        link.symlink_to(path.name)
-        os.replace(link, folder / "latest.pt")
-        there = sorted(folder.glob("[0-9]*.pt"))
-        newer = there.index(path) + 1  # later numbers are left of a run that was killed before they were linked
-        for other in there[: max(0, newer - keep)] + there[newer:]:
-            other.unlink()
-    barrier()  # a rank that went on and then failed would have torchrun end rank 0 in here
-
-
-def restore(run: Run, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict:
-    """Load the run's checkpoint, if there is one; returns its progress (empty for a fresh run)."""
-    path, state = run / CHECKPOINTS / "latest.pt", {}
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path}: leads to no file; link it to a checkpoint beside it, or begin in another folder")
-    if rank() == 0 and path.exists():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    progress, stepped = gather((state.get("progress"), bool(state.get("optimizer"))))[0]
-    if progress is None:
-        return {}
-    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
-    set_model_state_dict(model, state.get("model", {}), options=whole)
-    if stepped:
-        set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=whole)
-    return progress
+def _split(values: torch.Tensor, samples: list[Sample]) -> tuple[torch.Tensor, ...]:
+    """Split [N, ...] into one tensor per sample."""
+    return values.split([s.trajectory.num_sampled for s in samples])
