@@ -2,12 +2,12 @@
 
     python tests/benchmarks/bench_memory.py
 
-What is large there are the logits: 9.3 GiB in float32, of which the plain way holds several copies. The body is
-therefore a tiny one, 2 layers of hidden size 64, so that hardly anything else counts: a larger body adds its
-activations, which grow with layers and hidden size and not with the vocabulary. All tokens but the first are scored, in
-one sequence. Peaks are of resident memory on the CPU, in a process of its own for each length, above what the model and
-its gradients take. The plain way (logits, their log-softmax and its gradient at once, as autograd keeps them) is
-measured at a length that fits, and computed for the full one. The last line is JSON.
+The logits dominate: 9.3 GiB in float32, and plain autograd holds several copies of them. The model is therefore tiny (2
+layers of hidden size 64), so that little else counts: the activations of a larger one grow with layers and hidden size,
+not with the vocabulary. All tokens but the first of one sequence are scored. Peaks are resident memory on the CPU above
+what the model and its gradients take, each measured in a separate process. The plain way (logits, their log-softmax and
+its gradient at the same time, as autograd keeps them) is measured at a length that fits, and extrapolated. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def body() -> LlamaForCausalLM:
 
 
 def resident(field: str) -> float:
-    """MiB: VmRSS is now, VmHWM the peak since the last `reset_peak`."""
+    """MiB: VmRSS is the current value, VmHWM the peak since the last `reset_peak`."""
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
@@ -61,7 +61,7 @@ def child(way: str, tokens: int) -> None:
     model.requires_grad_(True)
     rng = random.Random(0)
     ids = [rng.randrange(VOCABULARY) for _ in range(tokens)]
-    for parameter in model.parameters():  # the model's own: weights and gradients, touched so that they are resident
+    for parameter in model.parameters():  # allocate weights and gradients, and touch them so that they are resident
         parameter.grad = torch.ones_like(parameter)
     if way == "ours":
         prepare(model)

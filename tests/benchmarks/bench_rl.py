@@ -1,24 +1,24 @@
-"""An iteration of RL beside TRL's GRPOTrainer, and beside itself with each optimisation off.
+"""Compare an iteration of RL with TRL's GRPOTrainer, and with itself without each optimisation.
 
-    python tests/benchmarks/bench_rl.py                     everything; TRL is left out where it is not installed
+    python tests/benchmarks/bench_rl.py                     everything; TRL is skipped if it is not installed
     python tests/benchmarks/bench_rl.py --only steps        one workload
-    python tests/benchmarks/bench_rl.py --only tiny         seconds, to see whether it runs
+    python tests/benchmarks/bench_rl.py --only tiny         a check that it runs, which takes seconds
 
 (p48)    4 prompts of 48 tokens x 8 samples x 64 new tokens
 (p500)   the same with prompts of 500 tokens
 (steps)  training alone, 2 step groups: prefix of 600 tokens, 8 suffixes and blocks of 100
 
-Both sides sample from the same prompts at temperature 1 without tools, the number of new tokens is forced, the reward
-is the parity of the last token, and all samples are learned from in one optimizer step: beta 0, no reference model, no
-gradient checkpointing, float32 on the CPU (on a GPU float32 weights and bfloat16 computing). A micro-batch is one
-group on both sides: 8 sequences. Each run has a process of its own, so that peaks of memory do not mix; its first
-iteration is warm-up, of the others the fastest counts.
+Both sides sample from the same prompts at temperature 1 without tools. The number of new tokens is fixed, the reward is
+the parity of the last token, and one optimizer step learns from all samples: beta 0, no reference model, no gradient
+checkpointing, float32 on the CPU (on a GPU float32 weights and bfloat16 compute). A micro-batch is one group of 8
+sequences on both sides. Each run has its own process, so that memory peaks do not mix. Its first iteration is a
+warm-up; of the others, the fastest counts.
 
-log-probs is the forward pass with the loss, backward includes what is computed again there, optimizer includes the
-clipping of gradients. The limit of training is what the measured matmul rate allows for three times the forward
-pass's multiplications that no implementation can avoid: linear layers for every distinct token, the vocabulary
-projection for every scored one. mfu is the share of that limit, at the rate of the fastest matmul there is here
-(oneDNN's on many CPUs, see thor/cpu.py), mfu_training_torch at that of torch's own. The last line is JSON.
+log-probs is the forward pass with the loss, backward includes recomputation, optimizer includes gradient clipping.
+The limit of training is three times the multiplications of the forward pass that no implementation can avoid (linear
+layers for every distinct token, the vocabulary projection for every scored one) at the measured matmul rate. mfu is the
+share of that limit that is reached: mfu_training at the fastest matmul available (oneDNN on many CPUs, see
+thor/fast_cpu.py), mfu_training_torch at torch's own. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts are not part of the package
 
 import run_rl
-import thor.training.scoring
 import thor.training.trainer
 from thor.demo.model import DEMO_MODEL, demo_model
 from thor.distributed import end_ranks, start_ranks
 from thor.engines import HFEngine, Request
 from thor.fast_cpu import AVAILABLE, keep_freed_memory, multiply
 from thor.rollout import drive
-from thor.training.model import checkpoint_gradients, load_model, policy_parameters, sampling_copy, shard
+from thor.run_folder import Run
+from thor.training.model import load_model, policy_parameters, sampling_copy
+from thor.training.trainer import Sample, Trainer
 from thor.trajectory import Problem, Trajectory
 
 
@@ -80,7 +81,7 @@ class Workload:
         return self.prompts * self.prompt_tokens + self.scored
 
     def distinct_of(self, sequences: int) -> int:
-        """Distinct tokens of so many sequences of one group."""
+        """Distinct tokens of this number of sequences of one group."""
         return self.prompt_tokens + sequences * self.new_tokens
 
 
@@ -93,7 +94,7 @@ WORKLOADS = {
 
 
 def sides(name: str) -> dict[str, Callable[[Workload], dict]]:
-    """What is run of a workload: name -> settings of run_rl; 'trl' has none."""
+    """The runs of a workload: name -> settings of run_rl; 'trl' has none."""
 
     def ours(load: Workload) -> dict:
         return {"max_tokens_per_micro_batch": load.distinct_of(load.group)}
@@ -118,7 +119,7 @@ def sides(name: str) -> dict[str, Callable[[Workload], dict]]:
 
 
 def some_prompts(tokenizer, load: Workload) -> list[list[int]]:
-    """Words of one token each, so that a prompt's text encodes to just these tokens: TRL takes text."""
+    """Prompts of one-token words, whose text encodes to exactly these tokens, because TRL takes text."""
     words = [i for token, i in sorted(tokenizer.get_vocab().items()) if re.fullmatch("Ġ[a-z]{4,}", token)]
     rng = random.Random(0)
     prompts = [[rng.choice(words) for _ in range(load.prompt_tokens)] for _ in range(load.prompts)]
@@ -126,11 +127,11 @@ def some_prompts(tokenizer, load: Workload) -> list[list[int]]:
     return prompts
 
 
-# ---- where the time goes --------------------------------------------------------------------------------------------
+# ---- timing --------------------------------------------------------------------------------------------
 
 
 class Clock:
-    """Seconds by phase of the iterations of a run; phases are functions that are wrapped where both sides call them."""
+    """Seconds per phase of each iteration. A phase is a function that both sides call, wrapped in a timer."""
 
     def __init__(self) -> None:
         self.phases: Counter = Counter()
@@ -172,13 +173,13 @@ class Clock:
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process so far (not getrusage's, which a child takes over from its parent)."""
+    """Peak resident memory of this process (getrusage would include the parent's, which a child inherits)."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 @torch.no_grad()
 def matmul_rate(model, multiply: Callable, rows: int = 1024) -> float:
-    """FLOP/s of the model's own linear layers on so many tokens."""
+    """FLOP/s of the model's linear layers on this number of tokens."""
     shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]  # they may be sharded
     dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
     weights = [torch.randn(shape, dtype=dtype, device=model.device) for shape in shapes]
@@ -203,15 +204,11 @@ def training_flop(model, load: Workload) -> float:
 
 def run_ours(model_name: str, name: str, changes: dict, iterations: int) -> tuple[Clock, torch.nn.Module]:
     load, clock = WORKLOADS[name], Clock()
-    settings = run_rl.Settings(nll_coef=0.0, **changes)
+    settings = run_rl.Settings(nll_coef=0.0, lr=1e-6, **changes)
     model, tokenizer = load_model(model_name, start_ranks("auto", 60))
-    rate_model = model
-    if settings.gradient_checkpointing:
-        checkpoint_gradients(model)
     engine = HFEngine(sampling_copy(model), tokenizer)
     engine.eos = set()
-    shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    trainer = Trainer(model, Run("never written", settings, resume=True), settings)
     clock.wrap_training()
     clock.wrap(thor.training.trainer, "score_tokens", "log-probs")
     clock.wrap(run_rl, "hierarchical_loss", "log-probs")
@@ -244,18 +241,18 @@ def run_ours(model_name: str, name: str, changes: dict, iterations: int) -> tupl
         groups = sample()
         engine.sleep()
         clock.phases["sampling"] += clock.now() - before
-        examples = []
+        samples = []
         for prompt, rows in zip(prompts, groups, strict=True):
             rewards = [float(ids[-1] % 2) for ids, _ in rows]
             for (ids, logps), advantage in zip(rows, run_rl.group_advantages(rewards), strict=True):
                 assert len(ids) == load.new_tokens
                 trajectory = Trajectory(Problem("", ""), prompt)
                 trajectory.append_sampled(ids, logps)
-                examples.append(run_rl.Example(trajectory, advantage, "step" if name == "steps" else "trajectory"))
-        metrics = run_rl.update(model, optimizer, examples, settings)
+                samples.append(Sample(trajectory, advantage, "step" if name == "steps" else "trajectory"))
+        metrics = trainer.step(samples, lambda batch, scores: run_rl.hierarchical_loss(batch, scores, settings))
         assert not metrics["skipped"]
         clock.iteration_ends()
-    return clock, rate_model
+    return clock, model
 
 
 def run_trl(model_name: str, name: str, iterations: int) -> tuple[Clock, torch.nn.Module]:
@@ -346,10 +343,10 @@ def child(model_name: str, name: str, side: str, iterations: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="demo name, folder or hub id")
+    parser.add_argument("--model", default="smollm2-135m", help="demo model, folder or hub id")
     parser.add_argument("--only", default="p48,p500,steps", help="workloads to run")
-    parser.add_argument("--sides", default="", help="what to run of them, by name (default: everything)")
-    parser.add_argument("--iterations", type=int, default=2, help="measured iterations of each run")
+    parser.add_argument("--sides", default="", help="sides to run, by name (default: all)")
+    parser.add_argument("--iterations", type=int, default=2, help="measured iterations per run")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -369,7 +366,7 @@ def main() -> None:
             if args.sides and side not in args.sides.split(","):
                 continue
             if side == "trl" and not trl:
-                print("  trl is not installed, left out: pip install 'trl==1.16.*' into an environment of its own")
+                print("  trl is not installed, skipped; pip install 'trl==1.16.*' into a separate environment")
                 continue
             command = [sys.executable, __file__, "--child", "--only", name, "--sides", side]
             command += ["--model", args.model, "--iterations", str(args.iterations)]
