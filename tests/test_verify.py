@@ -56,19 +56,19 @@ balanced = st.recursive(
 
 
 @given(st.text(), balanced, st.text(st.characters(exclude_characters="\\{}")))
-def test_the_last_complete_box_is_found_in_any_text(before, body, after):
+def test_extract_answer_finds_last_complete_box(before, body, after):
     text = before.replace("\\", "") + r" \boxed{" + body + "}" + after
     assert extract_answer(text) == body.strip()
     assert extract_answer(text + r" \boxed{unfinished") == body.strip()
 
 
 @given(st.text(st.sampled_from("\\boxed{}[]$ 1ab\n")))
-def test_extraction_never_raises_and_is_found_in_the_text(text):
+def test_extract_answer_returns_a_substring_and_never_raises(text):
     answer = extract_answer(text)
     assert answer is None or answer in text
 
 
-def test_extraction_takes_linear_time():
+def test_extract_answer_takes_linear_time():
     start = time.perf_counter()
     assert extract_answer("\\boxed{" * 200_000) is None
     assert time.perf_counter() - start < 10
@@ -157,7 +157,7 @@ TRIPLES = [
     ("Carla", r"\text{Clara}", False),
     (r"\text{(C)}", "C", True),
     ("(A)", "(B)", False),
-    # whole texts, and nothing at all
+    # whole texts and empty answers
     (r"It is \boxed{1}, no, \boxed{\frac{2}{4}}.", "0.5", True),
     (r"It is 5: \boxed{6", "5", False),
     ("", "5", False),
@@ -190,7 +190,7 @@ def test_decimals_are_compared_exactly(digits, places):
 @given(st.text(st.sampled_from("0123456789+-*/^_=<>(){}[],.;:!%$\\ xyabcdefimnopqrst\n\0\ud800é∞√"), max_size=40))
 @example("\\")
 @example("\ud800" * 30)
-def test_odd_text_never_raises(text):
+def test_arbitrary_text_never_raises(text):
     assert verify(text, "1234567", timeout=2) in (True, False)
     assert verify("x+1", text, timeout=2) in (True, False)
     assert verify(text, text, timeout=2) in (True, False)
@@ -215,31 +215,31 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("prediction", HOSTILE, ids=lambda text: text[:12])
-def test_hostile_predictions_are_false_in_time(prediction):
-    verify("x", "y")  # the helper runs, so that only the comparison is timed
+def test_hostile_predictions_return_false_in_time(prediction):
+    verify("x", "y")  # start the helper, so that only the comparison is timed
     start = time.perf_counter()
     assert verify(prediction, "7y+1", timeout=0.5) is False
     assert time.perf_counter() - start < 10
     assert verify("y+y", "2y") is True
 
 
-# ---- the helper process ----
+# ---- helper process ----
 
 
-def test_cheap_comparisons_start_no_process():
+def test_simple_comparisons_do_not_start_helper():
     thor.verify._helper.close()
     assert verify("1/2", "0.5") and not verify("3", "4") and verify("Monday", r"\text{Monday}")
     assert thor.verify._helper.process is None
 
 
-def test_a_timeout_is_false_and_the_next_comparison_works():
+def test_timeout_returns_false_and_next_comparison_works():
     start = time.perf_counter()
     assert verify("10^{10^{10}}", "10", timeout=0.5) is False
     assert time.perf_counter() - start < 30
     assert verify("y+y", "2y") is True
 
 
-def test_a_helper_that_was_killed_is_replaced():
+def test_killed_helper_is_restarted():
     assert verify("y+y", "2y") is True
     process = thor.verify._helper.process
     os.kill(process.pid, signal.SIGKILL)
@@ -247,7 +247,7 @@ def test_a_helper_that_was_killed_is_replaced():
     assert verify("y+y", "2y") is True
 
 
-def test_threads_get_their_own_answers():
+def test_threads_get_correct_results():
     results = {}
 
     def compare(i):
@@ -284,8 +284,8 @@ if len(sys.argv) > 1:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_the_helper_ends_with_its_parent_and_survives_a_fork(tmp_path, killed):
-    path = tmp_path / "script.py"  # has no __main__ guard, on purpose
+def test_helper_works_after_fork_and_exits_with_its_parent(tmp_path, killed):
+    path = tmp_path / "script.py"  # deliberately without a __main__ guard
     path.write_text(SCRIPT)
     root = os.path.dirname(os.path.dirname(thor.verify.__file__))
     done = subprocess.run(

@@ -1,8 +1,8 @@
 """Answer equivalence: does a prediction state the same mathematical object as the gold answer?
 
-Equal texts, plain numbers and words are settled here, exactly. Everything else goes to math-verify in a helper
-process: a prediction is whatever a model wrote, so comparing it may run for ever, eat all memory or crash, and
-math-verify's own time limit works on the main thread only. The helper is started at the first such comparison and kept.
+Identical texts, plain numbers and words are compared here, exactly. math-verify compares everything else, in a helper
+process: a prediction is arbitrary model output, so its comparison may run forever, exhaust the memory or crash, and the
+time limit of math-verify works only in the main thread. The helper starts at the first such comparison and is reused.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ from functools import partial
 from thor.text import extract_answer
 from thor.trajectory import Trajectory
 
-MAX_CHARS = 2000  # a longer answer is compared as text only
-MEMORY_BYTES = 1 << 30  # address space of the helper
-STARTUP_SECONDS = 120  # importing sympy on a busy machine
+MAX_CHARS = 2000  # longer answers are compared as text only
+MEMORY_BYTES = 1 << 30  # limit on the address space of the helper process
+STARTUP_SECONDS = 120  # limit on the start of the helper process: importing sympy is slow on a busy machine
 
 
 def verify(prediction: str, gold: str, timeout: float = 5.0) -> bool:
-    r"""Whether `prediction` states the answer `gold`, as MATH-like benchmarks judge it.
+    r"""Return whether `prediction` states the answer `gold`, by the rules of MATH-like benchmarks.
 
-    Either may be the answer alone or a text with a \boxed{} in it. 1/2, 0.5, \frac{1}{2} and 50% agree; units,
-    degrees and "x =" may be missing on one side; lists and sets have no order, tuples have one; "1 or 2" is not "1".
-    Not symmetric: an equation is reduced to its right side only where the gold answer is none.
+    Each argument is either a bare answer or a text that contains it in \boxed{}. 1/2, 0.5, \frac{1}{2} and 50% are
+    equal. Units, degrees and "x =" may be missing on one side. Lists and sets are unordered, tuples are ordered.
+    "1 or 2" is not "1". The relation is not symmetric: an equation is reduced to its right-hand side only if the gold
+    answer is not an equation.
 
-    timeout: seconds for one comparison, after which the answer is False. Safe in threads and after a fork. Never
-    raises for what is in the texts; RuntimeError if math-verify cannot be started.
+    timeout: seconds for one comparison; a comparison that takes longer returns False.
+    Thread-safe, and usable after a fork. Raises RuntimeError if math-verify cannot be started, but never because of
+    the content of the texts.
     """
     if r"\boxed" in prediction:
         prediction = extract_answer(prediction) or ""
@@ -44,21 +46,21 @@ def verify(prediction: str, gold: str, timeout: float = 5.0) -> bool:
         gold = extract_answer(gold) or ""
     if max(len(prediction), len(gold)) > MAX_CHARS:
         return prediction.strip() == gold.strip()
-    prediction, gold = _clean(prediction), _clean(gold)
-    plain, plain_gold = _plain(prediction), _plain(gold)
+    prediction, gold = _normalize(prediction), _normalize(gold)
+    plain, plain_gold = _strip_formatting(prediction), _strip_formatting(gold)
     if not plain or not plain_gold:
         return False
-    if _squeeze(plain) == _squeeze(plain_gold):
+    if _remove_spaces(plain) == _remove_spaces(plain_gold):
         return True
-    values, gold_values = _number(plain), _number(plain_gold)
+    values, gold_values = _parse_number(plain), _parse_number(plain_gold)
     if values and gold_values:
-        if len(values) == len(gold_values):  # both percentages or neither: no choice of readings
+        if len(values) == len(gold_values):  # both or neither are percentages: compare the values themselves
             return values[0] == gold_values[0]
         return not set(values).isdisjoint(gold_values)
-    # math-verify reads words as products of letters, for which Carla is Clara, and drops the base of a numeral.
-    if WORDS.fullmatch(plain_gold) or (BASED.fullmatch(plain) and BASED.fullmatch(plain_gold)):
-        return _squeeze(plain).casefold() == _squeeze(plain_gold).casefold()
-    if TUPLE.fullmatch(plain_gold):  # math-verify would take it for a set: keep its order, brackets may be missing
+    # math-verify reads words as products of letters (Carla equals Clara) and ignores the base of a numeral.
+    if WORDS.fullmatch(plain_gold) or (NUMERAL_WITH_BASE.fullmatch(plain) and NUMERAL_WITH_BASE.fullmatch(plain_gold)):
+        return _remove_spaces(plain).casefold() == _remove_spaces(plain_gold).casefold()
+    if TUPLE.fullmatch(plain_gold):  # without brackets, math-verify would compare unordered sets
         if plain.startswith(r"\{"):
             return False
         if not re.search(r"[()\[\]]", plain):
@@ -67,55 +69,56 @@ def verify(prediction: str, gold: str, timeout: float = 5.0) -> bool:
 
 
 def grade(trajectory: Trajectory, tokenizer) -> float:
-    r"""Reward R of a trajectory: 1.0 if the last \boxed of the policy's own text answers the problem, else 0.0."""
+    r"""Return the reward R: 1.0 if the last \boxed answer in the policy's own text is correct, else 0.0."""
     answer = extract_answer(trajectory.text(tokenizer, policy_only=True))
     return float(answer is not None and verify(answer, trajectory.problem.answer))
 
 
-# ---- the cheap part ----
+# ---- normalization and numbers ----
 
 CHARACTERS = str.maketrans(  # minus, en dash, middle dot, times, divided by, pi, infinity, degree, <=, >=, union
     {"\u2212": "-", "\u2013": "-", "\xb7": r"\cdot ", "\xd7": r"\times ", "\xf7": "/", "\u03c0": r"\pi "}
     | {"\u221e": r"\infty ", "\xb0": r"^\circ ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u222a": r"\cup ", "\0": " "}
 )
 SPACING = re.compile(r"(?<!\\)\\(?:(?:left|right|displaystyle|q?quad)(?![A-Za-z])|[!,;: ()\[\]])|~|\\?\$|\{,\}")
-PYTHON = re.compile(r"(?<![A-Za-z\\])(pi|sin|cos|tan|ln|log|exp|infty|infinity|inf|oo)(?![A-Za-z])")
-TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+PYTHON_NAME = re.compile(r"(?<![A-Za-z\\])(pi|sin|cos|tan|ln|log|exp|infty|infinity|inf|oo)(?![A-Za-z])")
+TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree")
 WORDS = re.compile(r"[A-Za-z]{4,}(?:[ '-][A-Za-z]+)*")
-BASED = re.compile(r"\w+_\{?\d+\}?")
+NUMERAL_WITH_BASE = re.compile(r"\w+_\{?\d+\}?")
 TUPLE = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]")
 FRACTION = re.compile(r"\\frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))")
 DECIMAL = r"\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+"
 NOT_UNITS = "or|and|mod|times|plus|minus|sqrt|squared|cubed|dozen|hundred|thousand|[mb]illion|trillion|factorial"
 NUMBER = re.compile(
-    rf"([-+]?)\s*(?:(\d+)\s+(?=[^/]+/))?({DECIMAL})(?:\s*/\s*({DECIMAL}))?"  # sign, 1 of 1 1/2, top, bottom
+    rf"([-+]?)\s*(?:(\d+)\s+(?=[^/]+/))?"  # sign, integer part of a mixed number such as 1 1/2
+    rf"({DECIMAL})(?:\s*/\s*({DECIMAL}))?"  # numerator, denominator
     r"(?:(?:[eE]|\s*\\times\s*10\s*\^)\s*\{?([-+]?\d{1,3})\}?)?\s*(\\?%|percent)?"  # power of ten, percent
-    rf"(?:\s+(?!(?:{NOT_UNITS})\b)[A-Za-z]{{3,}}(?:\s[A-Za-z]+){{0,2}})?"  # a unit in words; math-verify knows the rest
+    rf"(?:\s+(?!(?:{NOT_UNITS})\b)[A-Za-z]{{3,}}(?:\s[A-Za-z]+){{0,2}})?"  # unit in words; math-verify knows the others
 )
 
 
-def _clean(text: str) -> str:
-    """LaTeX without spacing commands and dollars; the Python ways to write powers, constants and functions undone."""
+def _normalize(text: str) -> str:
+    """Remove LaTeX spacing commands and dollar signs, and rewrite Python powers, constants and functions as LaTeX."""
     text = text.translate(CHARACTERS).encode("utf-8", "replace").decode().replace("**", "^")
     text = SPACING.sub(lambda match: "," if match[0] == "{,}" else " ", text)
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).strip().rstrip(".").strip()
-    return PYTHON.sub(lambda match: r"\infty " if match[1][0] in "io" else f"\\{match[1]} ", text)
+    return PYTHON_NAME.sub(lambda match: r"\infty " if match[1][0] in "io" else f"\\{match[1]} ", text)
 
 
-def _plain(text: str) -> str:
-    """Further stripped to what is compared as text: no \\text, degrees, multiple spaces, or brackets round a letter."""
-    text = " ".join(DEGREES.sub("", TEXT.sub(r"\1", text)).split())
+def _strip_formatting(text: str) -> str:
+    """Remove \\text, degree signs, repeated spaces and parentheses around a single letter, for comparison as text."""
+    text = " ".join(DEGREES.sub("", TEXT_COMMAND.sub(r"\1", text)).split())
     return re.sub(r"^\(([A-Za-z])\)$", r"\1", text)
 
 
-def _squeeze(text: str) -> str:
-    """Without the spaces that mean nothing: all but those of "1 1/2"."""
+def _remove_spaces(text: str) -> str:
+    """Remove all spaces except those between digits, as in "1 1/2"."""
     return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
-def _number(plain: str) -> list[Fraction]:
-    """Exact readings of a numeral: its value, and a hundredth of it for a percentage; none for anything else."""
+def _parse_number(plain: str) -> list[Fraction]:
+    """Return the possible values of a number, exactly: 50% is 50 or 1/2. Returns [] if `plain` is not a number."""
     match = NUMBER.fullmatch(FRACTION.sub(r" \1\3/\2\4", plain).strip())
     if not match:
         return []
@@ -128,11 +131,11 @@ def _number(plain: str) -> list[Fraction]:
     return [value, value / 100] if percent else [value]
 
 
-# ---- the helper process ----
+# ---- helper process ----
 
 
 class _Helper:
-    """Owner of at most one helper. Requests are JSON lines; the reply is one byte, or none if the helper died."""
+    """Owns at most one helper process. A request is a line of JSON, the reply one byte, or none if the helper died."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -146,7 +149,7 @@ class _Helper:
                     self._start()
                 self.process.stdin.write(request)
                 reply = self.process.stdout.read(1)
-            except BaseException:  # such as Ctrl-C: the reply under way must not be taken for that of the next request
+            except BaseException:  # such as Ctrl-C: the pending reply must not be read as the reply to the next request
                 self.close()
                 raise
             if not reply:
@@ -154,18 +157,18 @@ class _Helper:
             return reply == b"1"
 
     def _start(self) -> None:
-        # "-c" with our own sys.path: neither the user's __main__ nor a package that is not installed gets in the way.
+        # "-c" with this sys.path: does not run the user's __main__ again, and works if thor is not installed.
         code = f"import sys; sys.path[:] = {sys.path!r}; import thor.verify; thor.verify._serve()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C is for us; the helper ends when its stdin does
+            start_new_session=True,  # no Ctrl-C for the helper; it exits when its stdin is closed
         )
         if self.process.stdout.read(1) != b"R":
             self.close()
-            raise RuntimeError("math-verify could not be started (see above); is 'math-verify>=0.9' installed?")
+            raise RuntimeError("math-verify could not be started, see stderr (is 'math-verify>=0.9' installed?)")
 
     def close(self) -> None:
         process, self.process = self.process, None
@@ -177,19 +180,19 @@ class _Helper:
 
 
 def _serve() -> None:
-    """Main loop of the helper. The kernel ends it when a comparison is too long, even if the parent has gone."""
+    """Run the main loop of the helper. SIGALRM kills it if a comparison exceeds its timeout, even without a parent."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     signal.setitimer(signal.ITIMER_REAL, STARTUP_SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     replies, silence = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)  # parsers print
+    os.dup2(silence, 1)  # the parsers print to stdout
     from math_verify import LatexExtractionConfig, parse
     from math_verify import verify as equal
 
     logging.disable(logging.CRITICAL)
-    os.dup2(silence, 2)  # only what went wrong before here is worth showing
-    # The answer as one box, read in no other way: else math-verify falls back on any number that it finds in the text.
+    os.dup2(silence, 2)  # only errors during the start are shown
+    # Parse the answer as one \boxed expression only: otherwise math-verify falls back to any number in the text.
     box = [LatexExtractionConfig(boxed_match_priority=0)]
     read = partial(parse, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -207,5 +210,5 @@ def _serve() -> None:
 
 
 _helper = _Helper()
-os.register_at_fork(after_in_child=_helper.__init__)  # the helper and its lock are the parent's
+os.register_at_fork(after_in_child=_helper.__init__)  # the helper and its lock belong to the parent
 atexit.register(lambda: _helper.close())
