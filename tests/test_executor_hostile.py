@@ -1,8 +1,8 @@
-"""Whatever a hostile snippet does, the next one is right and nothing outside was reached, read or left over.
+"""Hostile snippets cannot read, change or leave behind anything outside the sandbox, nor affect the next snippet.
 
-Every snippet of hostile.py runs as the user who runs the tests, and, if that is root, a second time as an ordinary
-user: a process of user 65534 with a Python that this user can read. Snippets that could end processes of this machine
-run only where the layers that stop them are in force, checked with signal 0 first.
+Each snippet of hostile.py runs as the current user. If that is root, it also runs as user 65534, with a Python that
+this user can read. Snippets that could kill processes of this machine run only if the layers that stop them are in
+force, which is checked with signal 0 first.
 """
 
 import json
@@ -30,7 +30,7 @@ def canary():
 
 @pytest.fixture(scope="module", autouse=True)
 def user_run():
-    """The run as an ordinary user, beside the other tests."""
+    """Run the suite as user 65534 in the background, concurrently with the other tests."""
     with as_ordinary_user("tests/hostile.py") as process:
         yield process
 
@@ -38,7 +38,7 @@ def user_run():
 @pytest.fixture(scope="module")
 def as_user(user_run):
     if user_run is None:
-        pytest.skip("the tests already run as an ordinary user, or user 65534 can read no Python here")
+        pytest.skip("the tests do not run as root, or no Python is readable for user 65534")
     out, err = user_run.communicate(timeout=120)
     assert user_run.returncode == 0, err.decode()
     return json.loads(out)
@@ -51,17 +51,17 @@ def report(found: str) -> None:
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
-def test_hostile(executor, canary, name):
+def test_snippet_is_contained(executor, canary, name):
     report(check(executor, canary, name))
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
-def test_hostile_as_ordinary_user(as_user, name):
+def test_snippet_is_contained_as_ordinary_user(as_user, name):
     report(as_user[name])
 
 
-def test_all_at_once(executor, canary):
-    """From four threads, in another order: every reply in time, the pool as good as new."""
+def test_concurrent_snippets_are_contained(executor, canary):
+    """Snippets from four threads, in reverse order: all get a result, and the pool still works."""
     safe = [code for code, _, _, mark in SNIPPETS.values() if mark != DEADLY]
     slow = [code for code, allowed, _, _ in SNIPPETS.values() if allowed == ("timeout",)]
     codes = [canary.fill(code) for code in safe if code not in slow][::-1]
