@@ -1,8 +1,8 @@
-"""Scores of a set of trajectories, with bootstrap intervals, and the table that the scripts close with."""
+"""Evaluation: metrics with bootstrap intervals, the held-out problems of the quick start, and its results table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -14,11 +14,20 @@ from thor.sandbox import Executor
 from thor.trajectory import Problem, Trajectory
 from thor.verify import grade
 
-HELD_OUT = 64  # synthetic test problems that every stage of the quick start is scored on
+HELD_OUT = 64  # number of held-out synthetic problems; all stages of the quick start are evaluated on them
+HELD_OUT_SAMPLING = Sampling(max_tokens=144, temperature=0.4, max_rounds=2)
+
+
+def held_out() -> list[Problem]:
+    """Return the problems on which every stage of the quick start is evaluated."""
+    return load_problems("synthetic", split="test", limit=HELD_OUT)
 
 
 def bootstrap_interval(statistic: Callable, samples: np.ndarray, rounds: int = 1000) -> tuple[float, float]:
-    """95% percentile bootstrap of `statistic(samples)` over the rows of samples [P, ...]; seeded, so reproducible."""
+    """Return the 95% percentile bootstrap interval of `statistic(samples)` over the rows of samples [P, ...].
+
+    The random seed is fixed, so the interval is reproducible for the same rows in the same order.
+    """
     rng = np.random.default_rng(0)
     values = [statistic(samples[rng.integers(len(samples), size=len(samples))]) for _ in range(rounds)]
     low, high = np.nanpercentile(values, [2.5, 97.5]) if not np.isnan(values).all() else (np.nan, np.nan)
@@ -26,16 +35,19 @@ def bootstrap_interval(statistic: Callable, samples: np.ndarray, rounds: int = 1
 
 
 def summarize(trajectories: list[Trajectory]) -> dict[str, list[float] | int]:
-    """Metrics as [value, low, high]; trajectories whose sandbox failed are left out and counted in 'infra'.
+    """Return each metric as [value, low, high], and the numbers of trajectories.
 
-    accuracy: mean reward. code_ratio: share with at least one executed block. code_pass_rate: passed / executed blocks.
-    tokens: sampled tokens that stand in the response. discarded: sampled tokens that self-correction cut away.
+    accuracy: mean reward. code_ratio: share of trajectories with at least one executed block.
+    code_pass_rate: passed / executed blocks. tokens: mean sampled tokens in the response.
+    discarded: mean sampled tokens that self-correction removed.
+    problems: trajectories with a score. infra: trajectories without one, because their sandbox failed.
+
+    Raises ValueError if no trajectory has a score.
     """
     kept = [t for t in trajectories if t.finish != "infra"]
     if not kept:
-        raise ValueError(
-            "nothing to score: every trajectory was lost to a failing sandbox" if trajectories else "no trajectories"
-        )
+        reason = "the sandbox failed in every trajectory" if trajectories else "no trajectories"
+        raise ValueError(f"nothing to score: {reason}")
     columns = np.array(
         [
             [t.reward, bool(t.results), sum(r.passed for r in t.results), len(t.results), t.num_sampled, t.discarded]
@@ -64,42 +76,41 @@ def evaluate(
     problems: list[Problem],
     sampling: Sampling,
     name: str,
-    finished: list[Trajectory] | None = None,
+    finished: Sequence[Trajectory] = (),
     save: Callable[[Trajectory], None] | None = None,
     **options,
 ) -> tuple[dict, list[Trajectory]]:
-    """Solve and grade each problem once, behind a bar called `name`; `options` go to `solve`.
+    """Solve and grade each problem once. Return the summary, and the trajectories in the order of the problems.
 
-    finished: graded trajectories of an earlier, interrupted call, counted in; `save` is called with each new one.
+    name: label of the progress bar.
+    finished: graded trajectories of an interrupted evaluation. Their problems are not solved again.
+    save: called with each new trajectory once it is graded. The order depends on when trajectories end.
+    options: passed to `solve`.
     """
-    finished = finished or []
-    right = sum(t.reward for t in finished)
-    bar = tqdm(total=len(problems) + len(finished), initial=len(finished), desc=name, unit="problem")
+    graded = {trajectory.problem.id: trajectory for trajectory in finished}
+    todo = [problem for problem in problems if problem.id not in graded]
+    correct = sum(trajectory.reward for trajectory in finished)
 
     def done(i: int, trajectory: Trajectory) -> None:
-        nonlocal right
+        nonlocal correct
         trajectory.reward = grade(trajectory, engine.tokenizer)
-        right += trajectory.reward
+        graded[trajectory.problem.id] = trajectory
+        correct += trajectory.reward
         if save:
             save(trajectory)
         bar.update()
-        bar.set_postfix(right=int(right))
+        bar.set_postfix(right=int(correct))
 
-    with bar:
-        trajectories = finished + solve(engine, executor, problems, sampling, done=done, **options)
+    # Only some engines can reproduce their results, and only if batches do not depend on the speed of tools.
+    deterministic = getattr(engine, "reproducible", False)
+    with tqdm(total=len(problems), initial=len(problems) - len(todo), desc=name, unit="problem") as bar:
+        solve(engine, executor, todo, sampling, done=done, deterministic=deterministic, **options)
+    trajectories = [graded[problem.id] for problem in problems]
     return summarize(trajectories), trajectories
 
 
-def held_out() -> list[Problem]:
-    """The problems of the quick start's table."""
-    return load_problems("synthetic", split="test", limit=HELD_OUT)
-
-
-HELD_OUT_SAMPLING = Sampling(max_tokens=144, temperature=0.4, max_rounds=2)
-
-
 def table(rows: list[tuple[str, dict]]) -> str:
-    """One line a stage: accuracy, code ratio and pass rate in percent, tokens a problem, 95% intervals in brackets."""
+    """Format summaries as a table: percentages and tokens per problem, with 95% intervals in brackets."""
 
     def cell(triple: list[float], scale: float = 100) -> str:
         value, low, high = (x * scale for x in triple)
