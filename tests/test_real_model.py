@@ -1,6 +1,6 @@
-"""The real demo model: greedy decoding and log-probs, over prompts of different length and several tool rounds.
+"""Tests with the real demo model: greedy decoding and log-probabilities over long and multi-round contexts.
 
-Needs SmolLM2-135M-Instruct (fetched on first use, 93 MB); skipped where it cannot be had.
+They need SmolLM2-135M-Instruct (93 MB, downloaded on first use) and are skipped if it is not available.
 """
 
 import pytest
@@ -34,19 +34,19 @@ def folder():
     try:
         return demo_model()
     except ModelError as error:
-        pytest.skip(f"the demo model is not to be had here: {error}")
+        pytest.skip(f"the demo model is not available: {error}")
 
 
-def test_batched_greedy_equals_generate_one_prompt_at_a_time(folder):
+def test_batched_greedy_decoding_matches_generate(folder):
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model, tokenizer = load_model(str(folder), "cpu")
     problems = load_problems("synthetic", limit=32)
     prompts = []
-    for i, problem in enumerate(problems):  # lengths from a few tokens to several hundred, some with a shared preamble
+    for i, problem in enumerate(problems):  # short and long, some with a shared prefix
         shared = encode(tokenizer, few_shot_actor(problem.question)) if i % 4 == 0 else []
         prompts.append((shared + render_prompt(tokenizer, problem.question)[i % 4 * 5 :], len(shared)))
     engine = HFEngine(model, tokenizer, max_rows=12)
-    eos, engine.eos = engine.eos, set()  # as in the reference, EOS may not come before COUNT tokens: see below
+    eos, engine.eos = engine.eos, set()  # as in the reference: no EOS before COUNT tokens
     done = complete(engine, [Request(str(i), p, COUNT, temperature=0, shared=s) for i, (p, s) in enumerate(prompts)])
     assert len({len(p) for p, _ in prompts}) > 16
     compared = 0
@@ -56,19 +56,19 @@ def test_batched_greedy_equals_generate_one_prompt_at_a_time(folder):
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=COUNT, min_new_tokens=COUNT
         )[0, len(prompt) :].tolist()
         ours = done[str(i)].token_ids
-        parted = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), COUNT)
-        end = next((k for k, token in enumerate(ours) if token in eos), COUNT)  # generate is kept from EOS, we are not
-        assert_same_greedy(done[str(i)], reference, prompt)  # where they part, the top two are as good as equal
-        compared += min(end, parted)
+        differs = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), COUNT)
+        end = next((k for k, token in enumerate(ours) if token in eos), COUNT)  # generate suppresses EOS
+        assert_same_greedy(done[str(i)], reference, prompt)  # a difference is only allowed at a near tie
+        compared += min(end, differs)
     assert compared > 32 * COUNT // 2
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampler_and_trainer_agree_over_multi_round_trajectories(folder, executor, monkeypatch, temperature):
+def test_sampler_and_trainer_logps_agree_on_multi_round_trajectories(folder, executor, monkeypatch, temperature):
     model, tokenizer = load_model(str(folder), "cpu")
 
     def few_shot_prompt(tokenizer, question: str) -> list[int]:
-        """Under this prompt the untrained model, too, writes blocks, one after another."""
+        """Return a prompt with which even the untrained model writes several code blocks."""
         return encode(tokenizer, few_shot_actor(question) + f"Question: {question}\n")
 
     monkeypatch.setattr(thor.rollout, "render_prompt", few_shot_prompt)
