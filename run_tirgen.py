@@ -26,7 +26,7 @@ from thor.data import load_problems
 from thor.demo import DEMO_MODEL, few_shot_actor, few_shot_critic
 from thor.engines import Engine, Request, load_engine
 from thor.prompts import ACTOR_INSTRUCT, CRITIC_INSTRUCT, observation_text, render_chat, tir_step
-from thor.rollout import Ask, Task, drive
+from thor.rollout import Ask, Task, drive, is_reproducible
 from thor.run_folder import Run, write_atomic
 from thor.sandbox import Executor
 from thor.settings import derive_seed, parse_settings, run_main, setting, user_errors
@@ -392,8 +392,7 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
     with tqdm(total=len(names), initial=len(drafts), desc="tirgen", unit="try") as bar:
         tasks = [loop.generate(names[name], name) for name in todo]
         in_flight = max(1, settings.rows // 2)  # half of the rows: the actor's cache is kept while the critic samples
-        # Only some engines can reproduce their results, and only if batches do not depend on the speed of tools.
-        deterministic = all(getattr(engine, "reproducible", False) for engine in (loop.actor, loop.critic))
+        deterministic = is_reproducible(loop.actor, loop.critic)
         drive(tasks, loop.actor, executor, done, in_flight=in_flight, deterministic=deterministic)
     return [drafts[f"{p.id}#{k}"] for p in problems for k in range(settings.tries)]
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from thor.data import load_problems
 from thor.engines import Engine
-from thor.rollout import Sampling, solve
+from thor.rollout import Sampling, is_reproducible, solve
 from thor.sandbox import Executor
 from thor.trajectory import Problem, Trajectory
 from thor.verify import grade
@@ -101,8 +101,7 @@ def evaluate(
         bar.update()
         bar.set_postfix(right=int(correct))
 
-    # Only some engines can reproduce their results, and only if batches do not depend on the speed of tools.
-    deterministic = getattr(engine, "reproducible", False)
+    deterministic = is_reproducible(engine)
     with tqdm(total=len(problems), initial=len(problems) - len(todo), desc=name, unit="problem") as bar:
         solve(engine, executor, todo, sampling, done=done, deterministic=deterministic, **options)
     trajectories = [graded[problem.id] for problem in problems]
