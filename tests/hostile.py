@@ -402,7 +402,7 @@ def attempt(executor: Executor, canary: Canary, name: str) -> str:
 def as_ordinary_user(script: str, *arguments: str):
     """Run `script` (a path relative to the project) as user 65534, from a copy of the project that this user can read.
 
-    Yields the process, or None if the caller is not root or no Python is readable for this user.
+    Yields the process, or None if the caller is not root or this user cannot read any Python installation.
     """
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory(prefix="thor-hostile-") as folder:

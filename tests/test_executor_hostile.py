@@ -38,7 +38,7 @@ def user_run():
 @pytest.fixture(scope="module")
 def as_user(user_run):
     if user_run is None:
-        pytest.skip("the tests do not run as root, or no Python is readable for user 65534")
+        pytest.skip("the tests do not run as root, or user 65534 cannot read any Python installation")
     out, err = user_run.communicate(timeout=120)
     assert user_run.returncode == 0, err.decode()
     return json.loads(out)

@@ -320,7 +320,7 @@ def hostile() -> dict:
             found = json.loads(out.decode().splitlines()[-1])
             return {name: value for name, value in found.items() if name.startswith("hostile") or name == "uid"}
     if os.getuid() == 0:
-        raise RuntimeError("refusing to run as root, and no Python is readable for an ordinary user")
+        raise RuntimeError("refusing to run as root, and an ordinary user cannot read any Python installation")
     resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
     deadly = [name for name in SNIPPETS if SNIPPETS[name][3] == DEADLY]
     with start() as ex:
