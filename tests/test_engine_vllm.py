@@ -1,6 +1,6 @@
-"""vLLM, in process and as a server, against HFEngine and the trainer.
+"""VLLMEngine and a real vLLM server, compared with HFEngine and the trainer.
 
-Needs vLLM (.ci/run has an environment of its own for it); the last part also the demo model, 93 MB on first use.
+Needs vLLM. The last part also needs the demo model (93 MB, downloaded on first use).
 """
 
 import importlib.util
@@ -23,8 +23,7 @@ import run_rl
 import thor.rollout
 from thor.data import load_problems
 from thor.demo import ModelError, demo_model, few_shot_actor
-from thor.engines import HFEngine, HTTPEngine, Request, ServerError, VLLMEngine
-from thor.engines import vllm as engine_vllm
+from thor.engines import HFEngine, HTTPEngine, Request, ServerError, VLLMEngine, vllm
 from thor.rollout import Sampling, solve
 from thor.text import FenceParser, TextStream, decode, encode
 from thor.training.model import load_model
@@ -35,13 +34,13 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 ROOT = Path(__file__).parent.parent
-# one token that closes a block and carries text beyond it
+# The third token closes a code block and contains more text.
 WORDS = ("\n```python\n", "print(1)", "\n```\nand more", "\\boxed{1}")
-SHAPE = dict(hidden_size=128, head_dim=32)  # vLLM's CPU attention has no smaller heads
+SHAPE = dict(hidden_size=128, head_dim=32)  # the smallest heads that vLLM's CPU attention supports
 
 
 def saved(folder: Path, tied: bool = False, seed: int = 0):
-    """A tiny random model with a byte-level tokenizer, saved and loaded as the scripts would."""
+    """A tiny random model with a byte-level tokenizer, saved to a folder and loaded from it as in the scripts."""
     tokenizer = byte_tokenizer(WORDS)
     tiny_llama(tokenizer, seed=seed, tie_word_embeddings=tied, **SHAPE).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -50,7 +49,7 @@ def saved(folder: Path, tied: bool = False, seed: int = 0):
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def training(request, tmp_path_factory):
-    """(engine, trainer's model), on weights of their own each time."""
+    """An engine and the trainer's model. Tests may update the weights."""
     folder = tmp_path_factory.mktemp(request.param)
     model = saved(folder, tied=request.param == "tied")
     return VLLMEngine(str(folder), rows=8, score=partial(score_text, model)), model
@@ -58,22 +57,22 @@ def training(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """An engine on weights that no test changes, its folder's model, and what the caller's state was around it."""
+    """An engine whose weights no test changes, and its model, with the process state before and after loading."""
     folder = tmp_path_factory.mktemp("engine")
     model = saved(folder)
-    model.caller = [caller_state()]
+    model.process_states = [process_state()]
     engine = VLLMEngine(str(folder), rows=8)
-    model.caller.append(caller_state())
+    model.process_states.append(process_state())
     return engine, model
 
 
-def caller_state() -> dict:
+def process_state() -> dict:
     return {
         "torch": torch.get_rng_state().tolist(),
         "python": random.getstate(),
         "numpy": np.random.get_state()[1].tolist(),
         "threads": (torch.get_num_threads(), torch.set_num_threads),
-        "inherited": [os.environ.get(name) for name in ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE")],
+        "variables": [os.environ.get(name) for name in ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE")],
     }
 
 
@@ -83,6 +82,7 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def logps_gap(model, prompt: list[int], completion, temperature: float) -> float:
+    """Largest difference between the log-probs of a completion and the trainer's."""
     scored = list(range(len(prompt), len(prompt) + len(completion.token_ids)))
     with torch.no_grad():
         theirs = score_tokens(model, [prompt + completion.token_ids], [scored], temperature).logp
@@ -92,17 +92,17 @@ def logps_gap(model, prompt: list[int], completion, temperature: float) -> float
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
-def test_the_caller_is_not_disturbed(engine):
-    before, after = engine[1].caller
+def test_loading_preserves_the_process_state(engine):
+    before, after = engine[1].process_states
     assert before == after
-    torch.set_num_threads(2)  # vLLM's CPU worker puts a function that does nothing in its place
+    torch.set_num_threads(2)  # vLLM's CPU worker replaces this function by one that does nothing
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
 
 
-def test_logps_are_the_trainers_at_each_temperature(engine):
+def test_logps_match_the_trainer_at_each_temperature(engine):
     engine, model = engine
-    temperatures = [1.0, 0.7, 0.0] * 3  # greedy beside sampled ones: reported at temperature 1, as HFEngine does
+    temperatures = [1.0, 0.7, 0.0] * 3  # greedy log-probs are at temperature 1, as in HFEngine
     requests = [
         Request(str(i), p, 24, temperature=t, seed=i)
         for i, (p, t) in enumerate(zip(prompts(9), temperatures, strict=True))
@@ -113,8 +113,8 @@ def test_logps_are_the_trainers_at_each_temperature(engine):
         assert logps_gap(model, request.token_ids, done[request.id], request.temperature or 1.0) < 1e-4
 
 
-def test_more_prompt_tokens_than_one_step_takes(engine):
-    """vLLM may not cut a prompt in two here: its CPU worker then fails on the seed of the request."""
+def test_more_prompt_tokens_than_fit_one_step(engine):
+    """Chunked prefill must stay off on the CPU, where it fails for requests with a seed."""
     engine, model = engine
     limit = engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
     rng = random.Random(3)
@@ -127,8 +127,8 @@ def test_more_prompt_tokens_than_one_step_takes(engine):
     assert logps_gap(model, requests[-1].token_ids, done[requests[-1].id], 1.0) < 1e-4
 
 
-def test_logps_are_of_the_cut_distribution(engine):
-    """Under top-p and top-k the log-probs are renormalised over what is left, as HFEngine's are."""
+def test_logps_are_of_the_truncated_distribution(engine):
+    """Log-probs are renormalized after top-p and top-k, as in HFEngine."""
     engine, _ = engine
     request = Request("a", prompts(1)[0], 16, temperature=0.8, top_p=0.9, top_k=20, seed=3)
     done = complete(engine, [request])["a"]
@@ -136,7 +136,7 @@ def test_logps_are_of_the_cut_distribution(engine):
     with torch.inference_mode():
         logits = tiny_llama(engine.tokenizer, **SHAPE)(torch.tensor([ids])).logits[0]
     for i, (token, logp) in enumerate(zip(done.token_ids, done.logps, strict=True), len(request.token_ids) - 1):
-        kept = logits[i].topk(20).indices  # by hand: top-k first, then top-p of what is left, as transformers does
+        kept = logits[i].topk(20).indices  # first top-k, then top-p of the rest, as in transformers
         probs = torch.softmax(logits[i][kept] / 0.8, -1)
         kept, probs = kept[(probs.cumsum(0) - probs) < 0.9].tolist(), probs[(probs.cumsum(0) - probs) < 0.9]
         assert token in kept and len(kept) < 20
@@ -144,7 +144,7 @@ def test_logps_are_of_the_cut_distribution(engine):
 
 
 def test_samples_follow_their_distribution(engine):
-    """First tokens of 512 seeds: each as often as its log-prob says, within five standard deviations."""
+    """The first tokens of 512 seeds have the frequencies of their log-probs, within five standard deviations."""
     engine, _ = engine
     requests = [Request(str(i), [5, 6, 7], 1, top_k=16, seed=i) for i in range(512)]
     drawn = complete(engine, requests).values()
@@ -156,7 +156,7 @@ def test_samples_follow_their_distribution(engine):
         assert abs(count - 512 * p) < 5 * np.sqrt(512 * p * (1 - p)) + 1
 
 
-def test_a_seed_gives_the_same_turn_beside_others(engine):
+def test_seeded_samples_do_not_depend_on_the_batch(engine):
     engine, _ = engine
     requests = [Request(str(i), p, 12, seed=2**64 - 1 - i) for i, p in enumerate(prompts(6, seed=1))]
     together = complete(engine, requests)
@@ -167,7 +167,7 @@ def test_a_seed_gives_the_same_turn_beside_others(engine):
 
 
 class StopAfter:
-    """Stops at the n-th piece, and remembers all it was fed."""
+    """Stops at the n-th piece of text, and records the text."""
 
     def __init__(self, n: int) -> None:
         self.n, self.text = n, ""
@@ -178,28 +178,28 @@ class StopAfter:
         return self.n <= 0
 
 
-def test_a_turn_ends_exactly_where_its_stop_rule_says(engine):
+def test_stop_rule_ends_the_completion_at_its_token(engine):
     engine, _ = engine
     free = complete(engine, [Request(str(i), p, 20, seed=i) for i, p in enumerate(prompts(6, seed=2))])
     assert all(c.finish == "length" or c.finish == "eos" for c in free.values())
     rules = [StopAfter(n) for n in (1, 2, 5, 9, 19, 99)]
     cut = complete(engine, [Request(str(i), p, 20, seed=i, stop=rules[i]) for i, p in enumerate(prompts(6, seed=2))])
     for i, rule in enumerate(rules):
-        whole, part = free[str(i)], cut[str(i)]
-        assert part.token_ids == whole.token_ids[: len(part.token_ids)]
-        assert part.logps == pytest.approx(whole.logps[: len(part.logps)], abs=1e-4)
-        assert part.finish == ("stop" if rule.n <= 0 else whole.finish)
+        full, part = free[str(i)], cut[str(i)]
+        assert part.token_ids == full.token_ids[: len(part.token_ids)]
+        assert part.logps == pytest.approx(full.logps[: len(part.logps)], abs=1e-4)
+        assert part.finish == ("stop" if rule.n <= 0 else full.finish)
         stream = TextStream(engine.tokenizer)
         assert rule.text == "".join(stream.push(t) for t in part.token_ids if t not in engine.eos)
-    assert not engine.llm.llm_engine.has_unfinished_requests()  # the aborted ones are gone in vLLM too
+    assert not engine.llm.llm_engine.has_unfinished_requests()  # vLLM has aborted them too
 
 
-def test_the_token_that_closes_a_block_is_kept_whole(engine):
+def test_token_that_closes_a_block_is_kept(engine):
     engine, _ = engine
     ids = [engine.tokenizer.convert_tokens_to_ids(word) for word in WORDS]
     requests = [Request(str(i), ids[:2], 400, seed=i, stop=FenceParser()) for i in range(8)]
     for request in requests:
-        request.stop.feed(decode(engine.tokenizer, ids[:2]))  # a block is open: it waits for what closes it
+        request.stop.feed(decode(engine.tokenizer, ids[:2]))  # opens a block
     closed = [c for c in complete(engine, requests).values() if c.finish == "stop"]
     assert closed
     for completion in closed:
@@ -208,7 +208,7 @@ def test_the_token_that_closes_a_block_is_kept_whole(engine):
         assert ids[2] not in completion.token_ids[:-1] and len(completion.logps) == len(completion.token_ids)
 
 
-def test_eos_is_kept_and_the_context_is_a_limit(engine):
+def test_eos_is_kept_and_context_length_limits_completions(engine):
     engine, model = engine
     eos, engine.eos = engine.eos, {*engine.eos, *range(200)}
     done = complete(engine, [Request(str(i), p, 9, seed=i) for i, p in enumerate(prompts(4))])
@@ -225,13 +225,13 @@ def test_eos_is_kept_and_the_context_is_a_limit(engine):
     for ids in ([], [1] * 2048):
         with pytest.raises(ValueError, match="request a has"):
             engine.add(Request("a", ids, 4))
-    with pytest.raises(ValueError, match="request a wants max_tokens >= 1"):
+    with pytest.raises(ValueError, match="request a: max_tokens must be at least 1"):
         engine.add(Request("a", [1], 0))
     assert not engine.has_work()
 
 
-def test_dropped_requests_are_forgotten(engine):
-    """More of them than run at once; afterwards the same names get their own turns."""
+def test_drop_aborts_all_requests(engine):
+    """Drops more requests than run at once. Afterwards their ids can be used again."""
     engine, _ = engine
     for i in range(12):
         engine.add(Request(str(i), [5, 6, 7], 200, seed=i))
@@ -246,7 +246,7 @@ def test_dropped_requests_are_forgotten(engine):
     assert again["3"].token_ids == alone.token_ids
 
 
-def test_what_a_broken_step_did_not_compute_is_not_taken_for_cached(engine):
+def test_interrupted_step_leaves_no_invalid_cache(engine):
     engine, model = engine
     requests = [Request(str(i), [*range(100), i], 6, seed=i) for i in range(3)]
 
@@ -260,8 +260,8 @@ def test_what_a_broken_step_did_not_compute_is_not_taken_for_cached(engine):
         assert logps_gap(model, request.token_ids, done[request.id], 1.0) < 1e-4
 
 
-def test_a_missing_log_prob_is_nan(engine):
-    """The trainer counts those tokens and gives them weight 1, see run_rl.hierarchical_loss."""
+def test_missing_logp_is_nan(engine):
+    """The trainer counts these tokens and gives them importance weight 1."""
     engine, _ = engine
     step = engine.llm.llm_engine.step
 
@@ -277,39 +277,39 @@ def test_a_missing_log_prob_is_nan(engine):
     assert len(done.token_ids) == 4 and all(np.isnan(done.logps))
 
 
-# ---- new weights ----------------------------------------------------------------------------------------------------
+# ---- weight updates -------------------------------------------------------------------------------------------------
 
 
-def shake(model, seed: int) -> None:
+def add_noise(model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def test_log_probs_follow_the_pushed_weights(training):
+def test_logps_follow_weight_updates(training):
     engine, model = training
-    prompt = prompts(1, seed=3)[0] * 3  # longer than a block of the cache
+    prompt = prompts(1, seed=3)[0] * 3  # longer than a cache block
     request = Request("a", prompt, 16, seed=5)
     for seed in (1, 2):
-        complete(engine, [request])  # fills the prefix cache with keys and values of the old weights
-        shake(model, seed)
+        complete(engine, [request])  # fills the prefix cache with the old weights
+        add_noise(model, seed)
         assert logps_gap(model, prompt, complete(engine, [request])["a"], 1.0) > 1e-2
         engine.update_weights(model.named_parameters())
         assert logps_gap(model, prompt, complete(engine, [request])["a"], 1.0) < 1e-4
 
 
-def test_the_canary_notices_a_push_that_is_not_whole(training, monkeypatch):
+def test_canary_detects_an_incomplete_update(training, monkeypatch):
     engine, model = training
-    shake(model, 3)
-    for left_out in ("model.norm.weight", "model.layers.1.self_attn.v_proj.weight", "model.embed_tokens.weight"):
-        with pytest.raises(RuntimeError, match="did not take the new weights"):
-            engine.update_weights((n, p) for n, p in model.named_parameters() if n != left_out)
-        engine.update_weights(model.named_parameters())  # a whole one mends it
-        shake(model, 4)
-    if model.config.tie_word_embeddings:  # what vLLM's reload alone does: the head keeps its packed copy
-        monkeypatch.setattr(engine_vllm, "_repack_heads", lambda _: None)
-        with pytest.raises(RuntimeError, match=r"differ from the trainer's by \S+ a token"):
+    add_noise(model, 3)
+    for missing in ("model.norm.weight", "model.layers.1.self_attn.v_proj.weight", "model.embed_tokens.weight"):
+        with pytest.raises(RuntimeError, match="did not load the new weights"):
+            engine.update_weights((n, p) for n, p in model.named_parameters() if n != missing)
+        engine.update_weights(model.named_parameters())  # a complete update succeeds
+        add_noise(model, 4)
+    if model.config.tie_word_embeddings:  # without it, the tied head keeps its packed copy
+        monkeypatch.setattr(vllm, "_repack_heads", lambda _: None)
+        with pytest.raises(RuntimeError, match=r"differ from the trainer's by \S+ per token"):
             engine.update_weights(model.named_parameters())
         monkeypatch.undo()
         engine.update_weights(model.named_parameters())
@@ -318,30 +318,30 @@ def test_the_canary_notices_a_push_that_is_not_whole(training, monkeypatch):
         engine.update_weights(model.named_parameters())
 
 
-def test_weights_are_refused_where_they_could_not_be_proved(engine):
+def test_update_without_score_is_rejected(engine):
     engine, model = engine
-    with pytest.raises(RuntimeError, match="without `score`"):
+    with pytest.raises(RuntimeError, match="has no `score`"):
         engine.update_weights(model.named_parameters())
 
 
-def test_a_bfloat16_engine_under_a_float32_trainer(tmp_path):
+def test_bfloat16_engine_with_a_float32_trainer(tmp_path):
     model = saved(tmp_path, tied=True)
     engine = VLLMEngine(str(tmp_path), rows=4, score=partial(score_text, model), dtype="bfloat16")
-    shake(model, 1)
+    add_noise(model, 1)
     engine.update_weights(model.named_parameters())
     prompt = prompts(1)[0]
     done = complete(engine, [Request("a", prompt, 16)])["a"]
     assert logps_gap(model, prompt, done, 1.0) < 0.5
-    shake(model, 2)
+    add_noise(model, 2)
     with pytest.raises(RuntimeError, match="in torch.bfloat16"):
         engine.update_weights((n, p) for n, p in model.named_parameters() if "layers.1" not in n)
 
 
-def test_rl_samples_from_the_weights_that_it_trains(tmp_path):
-    """The whole script: log-probs of sampler and trainer agree after each update, and after a resume."""
+def test_rl_samples_from_the_weights_it_trains(tmp_path):
+    """Runs the whole script: log-probs of sampler and trainer agree after each update and after resuming."""
     tokenizer = byte_tokenizer(("\\boxed{4}", "\\boxed{5}"))
     model = tiny_llama(tokenizer, tie_word_embeddings=True, **SHAPE)
-    with torch.no_grad():  # likely answers and likely ends, so that some groups carry a signal
+    with torch.no_grad():  # answers and ends are likely, so that some groups have different rewards
         words = tokenizer.convert_tokens_to_ids(["\\boxed{4}", "\\boxed{5}", tokenizer.eos_token])
         model.get_input_embeddings().weight[words] *= 4
     model.save_pretrained(tmp_path / "model")
@@ -360,30 +360,35 @@ def test_rl_samples_from_the_weights_that_it_trains(tmp_path):
         assert m["tokens_trajectory"] > 0 and m["logp_unknown"] == 0 and m["mismatch_kl"] < 1e-7, m
 
 
-def test_a_prefix_cache_that_is_kept_is_noticed_by_drop_and_push(training, monkeypatch):
+def test_failed_prefix_cache_reset_is_an_error(training, monkeypatch):
     engine, model = training
     monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: False)
-    with pytest.raises(RuntimeError, match="kept its prefix cache"):
+    with pytest.raises(RuntimeError, match="did not reset its prefix cache"):
         engine.update_weights(model.named_parameters())
     engine.add(Request("a", [1, 2, 3], 4))
-    with pytest.raises(RuntimeError, match="kept its prefix cache"):
+    with pytest.raises(RuntimeError, match="did not reset its prefix cache"):
         engine.drop()
     assert not engine.has_work()
 
 
-# ---- beside others --------------------------------------------------------------------------------------------------
+# ---- import, versions and ranks -------------------------------------------------------------------------------------
 
 
-def test_another_version_warns(monkeypatch):
-    monkeypatch.setattr(engine_vllm, "VLLM_TRIED", ("0.0",))
-    with pytest.warns(UserWarning, match="was never tried here, 0.0 was"):
-        engine_vllm._import_vllm()
+def test_importing_the_engines_does_not_import_vllm():
+    check = "import sys, thor.engines; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
 
 
-def test_the_process_group_must_be_there_first(monkeypatch):
+def test_untested_version_warns(monkeypatch):
+    monkeypatch.setattr(vllm, "TESTED_VERSIONS", ("0.0",))
+    with pytest.warns(UserWarning, match=r"is not tested with this library \(tested: 0.0\)"):
+        vllm._import_vllm()
+
+
+def test_process_group_must_be_initialized_first(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-    with pytest.raises(RuntimeError, match="initialise torch.distributed before"):
+    with pytest.raises(RuntimeError, match="initialize torch.distributed before"):
         VLLMEngine("unused")
 
 
@@ -396,7 +401,7 @@ folder, rank = sys.argv[1], dist.get_rank()
 model = load_model(folder, "cpu")[0]
 engine = VLLMEngine(folder, rows=4, score=partial(score_text, model))
 assert dist.get_world_size() == 2
-done = complete(engine, [Request("a", [1, 2, 3], 8 + 8 * rank, seed=rank)])["a"]  # unequal work: no rank waits
+done = complete(engine, [Request("a", [1, 2, 3], 8 + 8 * rank, seed=rank)])["a"]  # unequal work per rank
 engine.update_weights(model.named_parameters())
 total = torch.tensor([len(done.token_ids)])
 dist.all_reduce(total)
@@ -405,8 +410,8 @@ dist.destroy_process_group()
 """
 
 
-def test_two_ranks_have_an_engine_each(tmp_path):
-    """Under a launcher like torchrun: the trainer's group goes on to work, and each rank samples for itself."""
+def test_each_of_two_ranks_has_an_engine(tmp_path):
+    """As under torchrun: the trainer's process group keeps working, and each rank samples its own requests."""
     saved(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -423,7 +428,7 @@ def test_two_ranks_have_an_engine_each(tmp_path):
     assert len(totals) == 2 and totals[0][0] == totals[1][0] == str(sum(int(own) for _, own in totals))
 
 
-# ---- the demo model, three engines ----------------------------------------------------------------------------------
+# ---- demo model -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +436,7 @@ def folder():
     try:
         folder = str(demo_model())
     except ModelError as error:
-        pytest.skip(f"the demo model is not to be had here: {error}")
+        pytest.skip(f"the demo model is not available: {error}")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield folder
@@ -440,14 +445,14 @@ def folder():
 
 @pytest.fixture(scope="module")
 def demo(folder):
-    """(trainer's model, HFEngine on it)."""
+    """The trainer's model, and an HFEngine that samples from it."""
     model, tokenizer = load_model(folder, "cpu")
     return model, HFEngine(model, tokenizer)
 
 
 @pytest.fixture(scope="module")
 def url(folder, tmp_path_factory):
-    """A real server on loopback. The module is what the command `vllm serve` runs, which vllm-cpu 0.32 lacks."""
+    """A real server on loopback. It runs the module behind the command `vllm serve`, which vllm-cpu 0.32 lacks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -471,14 +476,14 @@ def url(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["vllm", "http"])
 def other(request, folder):
-    """The demo model in vLLM, in process and then served."""
+    """The demo model in VLLMEngine, then in HTTPEngine."""
     if request.param == "vllm":
         return VLLMEngine(folder, rows=16)
     return HTTPEngine(request.getfixturevalue("url"), rows=16)
 
 
 def few_shot_prompt(tokenizer, question: str) -> list[int]:
-    """Under this prompt the untrained model, too, writes blocks, one after another."""
+    """A prompt for which the untrained model writes code blocks too."""
     return encode(tokenizer, few_shot_actor(question) + f"Question: {question}\n")
 
 
@@ -498,7 +503,7 @@ def reference(demo, executor) -> list[Trajectory]:
     return solve(demo[1], executor, load_problems("synthetic", limit=32), GREEDY)
 
 
-def parted_at(a: Trajectory, b: Trajectory) -> int | None:
+def first_difference(a: Trajectory, b: Trajectory) -> int | None:
     """Index of the first token at which two responses differ."""
     if a.token_ids == b.token_ids:
         return None
@@ -506,12 +511,12 @@ def parted_at(a: Trajectory, b: Trajectory) -> int | None:
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
-def test_greedy_trajectories_equal_those_of_hfengine(demo, other, executor, reference):
+def test_greedy_trajectories_match_hfengine(demo, other, executor, reference):
     model, _ = demo
     assert sum(len(t.results) for t in reference) >= 16
     theirs = solve(other, executor, [t.problem for t in reference], GREEDY)
     for a, b in zip(reference, theirs, strict=True):
-        at = parted_at(a, b)
+        at = first_difference(a, b)
         if at is None:
             assert (a.finish, a.action_mask, len(a.steps)) == (b.finish, b.action_mask, len(b.steps))
             assert np.allclose(a.logp_sampler, b.logp_sampler, atol=1e-3)
@@ -521,11 +526,11 @@ def test_greedy_trajectories_equal_those_of_hfengine(demo, other, executor, refe
         with torch.no_grad():
             logps = score_tokens(model, sequences, [[len(ids) - 1] for ids in sequences], 1.0).logp
         gap = abs(logps[0] - logps[1]).item()
-        print(f"parted at token {at} of {a.problem.id}, between two tokens whose logits differ by {gap:.1e}")
+        print(f"{a.problem.id}: token {at} differs, with a gap of {gap:.1e} between the logits of the two tokens")
         assert gap < 1e-3
 
 
-def test_sampled_trajectories_have_the_trainers_log_probs(demo, other, executor):
+def test_sampled_trajectories_match_the_trainers_logps(demo, other, executor):
     model, _ = demo
     sampling = Sampling(max_tokens=100, temperature=0.7, max_rounds=3, seed=2)
     trajectories = solve(other, executor, load_problems("synthetic", limit=5), sampling)
@@ -537,7 +542,7 @@ def test_sampled_trajectories_have_the_trainers_log_probs(demo, other, executor)
     assert (scores.logp - torch.tensor(sampled)).abs().max() < 1e-3
 
 
-def test_a_turn_is_the_same_for_a_seed_and_cut_at_its_stop(other):
+def test_seeded_completion_repeats_and_stops_at_its_stop_rule(other):
     request = Request("a", encode(other.tokenizer, "Once upon a time"), 24, seed=11)
     first, second = complete(other, [request])["a"], complete(other, [request])["a"]
     assert first.token_ids == second.token_ids and len(first.token_ids) == 24
@@ -547,10 +552,10 @@ def test_a_turn_is_the_same_for_a_seed_and_cut_at_its_stop(other):
     assert cut.token_ids == first.token_ids[:7] and cut.finish == "stop"
 
 
-def test_a_model_that_the_server_does_not_have(url):
+def test_model_that_the_server_does_not_serve(url):
     with pytest.raises(ServerError, match="not another-model"):
         HTTPEngine(f"{url}#another-model")
     engine = HTTPEngine(url)
-    engine.model = "another-model"  # as if the server had been started anew with another one
-    with pytest.raises(ServerError, match=r"refused the request with 404: .*another-model"):
+    engine.model = "another-model"  # as if the server had been restarted with another model
+    with pytest.raises(ServerError, match=r"rejected the request with 404: .*another-model"):
         complete(engine, [Request("a", [1, 2, 3], 4)])

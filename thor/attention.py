@@ -1,11 +1,11 @@
-"""One attention function for the sampler and the trainer, under transformers' own model code.
+"""Attention for HFEngine and the trainer, plugged into the model code of transformers.
 
-Both work on a single row of T tokens [1, T] without padding; which token sees which is told by a `layout` that
-travels through the model as a keyword argument. The sampler's layout (engine.py) keeps keys and values in its cache;
-the trainer's is the `Tree` below. Because the keys come rotated by position and are laid out by us, nothing depends
-on transformers' cache classes, whose names change between versions.
+Both run a model on one row of T tokens [1, T] without padding. A layout object, which the model passes down as a
+keyword argument, decides which token attends to which: HFEngine's layout reads its KV cache (thor/engines/kv_cache.py),
+the trainer's is the `Tree` below. Layouts get keys that are already rotated by position, and transformers' own cache
+classes, which change between versions, are not used.
 
-Shapes: T tokens of the row, H query heads, K key/value heads, D head size, R rows of the cache, L cached length.
+Shapes: B sequences, T tokens of the row, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # would change the scores in ways not done here
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments that change attention scores
 
 
 def use_layout_attention(model: PreTrainedModel) -> None:
-    """Switch `model` to the attention of this module; from then on it wants `layout=` in every forward.
+    """Switch `model` to the attention of this module. Every forward pass then needs the argument `layout`. Idempotent.
 
-    Raises ValueError for a model that would be computed wrongly: one with layers other than full or sliding attention,
-    or whose logits on a short text are not those of its own forward pass (scaled or capped ones, for instance).
+    Raises ValueError for a model that is not supported: if it has layers other than full or sliding attention, or if
+    its logits for a short text change, for example because it scales or caps them outside of `base_model`.
     """
     config, name = model.config.get_text_config(), type(model).__name__
     if config._attn_implementation == "thor":
@@ -29,11 +29,11 @@ def use_layout_attention(model: PreTrainedModel) -> None:
     layers, known = config.num_hidden_layers, {"full_attention", "sliding_attention"}
     if others := sorted(set(getattr(config, "layer_types", None) or []) - known):
         raise ValueError(f"{name} is not supported, it has {', '.join(others)}")
-    if "longrope" in str(getattr(config, "rope_parameters", None)):  # its angles depend on the longest of the batch
-        raise ValueError(f"{name} is not supported, it has longrope")
+    if "longrope" in str(getattr(config, "rope_parameters", None)):  # its angles depend on the longest sequence
+        raise ValueError(f"{name} is not supported, it uses longrope")
     ids = [i % config.vocab_size for i in range(1, 49)]
     probe, inputs = _Probe([ids]), torch.tensor([ids], device=model.device)
-    implementation, training, fault = config._attn_implementation, model.training, ""
+    implementation, training, problem = config._attn_implementation, model.training, ""
     try:
         with torch.inference_mode():
             expected = model.eval()(inputs, use_cache=False).logits[0]
@@ -41,21 +41,21 @@ def use_layout_attention(model: PreTrainedModel) -> None:
             hidden = model.base_model(inputs, use_cache=False, layout=probe).last_hidden_state[0]
             difference = (model.get_output_embeddings()(hidden) - expected).abs().max().item()
         if probe.layers != set(range(layers)):
-            fault = f"only {len(probe.layers)} of its {layers} layers are attention"
+            problem = f"only {len(probe.layers)} of its {layers} layers use attention"
         elif not difference <= max(1e-3, 8 * torch.finfo(model.dtype).eps) * expected.abs().max().item():
-            fault = f"its logits would be off by {difference:.2g}"
+            problem = f"its logits would differ by {difference:.2g}"
     except (TypeError, AttributeError, ValueError) as error:
-        fault = str(error)
+        problem = str(error)
     model.train(training)
-    if fault:
+    if problem:
         model.set_attn_implementation(implementation)
-        raise ValueError(f"{name} is not supported: {fault}")
+        raise ValueError(f"{name} is not supported: {problem}")
 
 
 def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, layout=None, **kwargs):
-    """transformers' attention interface: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]."""
+    """Attention function for transformers: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]."""
     if layout is None:
-        raise ValueError(f"{type(module).__name__} got no layout: its model does not hand keyword arguments down")
+        raise ValueError(f"{type(module).__name__} got no layout: its model does not pass keyword arguments down")
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} uses {name}, which thor.attention does not implement")
@@ -71,7 +71,7 @@ def causal_sdpa(
 ) -> torch.Tensor:
     """Causal attention of the last t of n positions: query [H, t, D], key and value [K, n, D] -> [H, t, D].
 
-    window: a position sees itself and the window - 1 before it (None: all before it).
+    window: size of the sliding window. A position attends to itself and the window - 1 positions before it.
     """
     t, n = query.shape[1], key.shape[1]
     mask = None
@@ -79,7 +79,7 @@ def causal_sdpa(
         mask = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t).triu(n - t - window + 1)
     elif 1 < t < n:
         mask = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t)
-    if mask is not None and query.is_cuda:  # else no fused kernel would serve, and all scores would stand in memory
+    if mask is not None and query.is_cuda:  # grouped heads with a mask have no fused kernel, which saves memory
         key, value = (x.repeat_interleave(query.shape[0] // x.shape[0], 0) for x in (key, value))
     return F.scaled_dot_product_attention(
         query[None], key[None], value[None], mask, is_causal=mask is None and t > 1, scale=scaling, enable_gqa=True
@@ -87,17 +87,22 @@ def causal_sdpa(
 
 
 class Tree:
-    """B token sequences merged into one row in which every shared prefix stands, and is computed, once.
+    """B token sequences merged into one row, in which every shared prefix is stored and computed once.
 
-    share=False is the plain way: all sequences stand whole in the row, each sees only itself.
+    Hierarchical RL trains on such trees: the G trajectories of a problem share its prompt, and the regenerated suffixes
+    of a failed step share everything before it. A token attends to its ancestors and itself, and its position is its
+    depth. Hidden states, losses and gradients therefore equal those of the B sequences computed one by one.
 
-    What hierarchical RL trains on is such a tree: G trajectories share a prompt, the regenerated suffixes of a failed
-    step share all that came before it. A token attends to its ancestors only and its position is its depth, so hidden
-    states, losses and gradients equal those of the B sequences computed one by one.
+    The row consists of segments, which are runs of tokens without a branch.
 
-    Attributes: token_ids [T], positions [T] (depth of each token), index: B lists, where each sequence's tokens stand.
-    The row is a list of segments, runs of tokens without a branching: their sizes, and for each the segments that its
-    tokens may see, root first and itself last.
+    share: if False, sequences are not merged, and each attends only to itself.
+
+    Attributes:
+        token_ids: [T].
+        positions: [T], the depth of each token.
+        index: B lists with the place of each token of a sequence in the row.
+        sizes: length of each segment.
+        lineages: for each segment, the segments that its tokens attend to, from the root to itself.
     """
 
     def __init__(self, sequences: list[list[int]], share: bool = True) -> None:
@@ -106,18 +111,18 @@ class Tree:
         self.sizes: list[int] = []
         self.lineages: list[list[int]] = []
         self.index: list[list[int]] = [[] for _ in sequences]
-        # sorting brings sequences with a common prefix together, so that each branching is a run of neighbours
+        # sorted, so that sequences with a common prefix are neighbours
         order = sorted(range(len(sequences)), key=sequences.__getitem__)
-        # still to be laid out: (sequences, sorted and all equal up to a depth, that depth, the segments before it)
+        # stack of subtrees to lay out: (sorted sequences that are equal up to a depth, this depth, segments before it)
         branches = [(order, 0, [])] if share else [([m], 0, []) for m in reversed(order)]
-        while branches:  # and not by recursion, which Python bounds: each prefix may be one of the next
+        while branches:  # no recursion, because the depth of the tree may exceed Python's limit
             members, depth, ancestors = branches.pop()
             members = [m for m in members if len(sequences[m]) > depth]
             if not members:
                 continue
             head = sequences[members[0]]
             same = [m for m in members if sequences[m][depth] == head[depth]]
-            stop = common_prefix(head, sequences[same[-1]], depth)  # sorted, so what these share all share
+            stop = common_prefix(head, sequences[same[-1]], depth)  # shared by all, because they are sorted
             start = len(self.token_ids)
             lineage = [*ancestors, len(self.sizes)]
             self.sizes.append(stop - depth)
@@ -129,8 +134,8 @@ class Tree:
             branches += [(members[len(same) :], depth, ancestors), (same, stop, lineage)]
 
     def attend(self, layer: int, query, key, value, scaling: float, window: int | None) -> torch.Tensor:
-        """query [H, T, D], key and value [K, T, D] -> [H, T, D]; see the class for who sees whom."""
-        # split and not sliced: the gradient of a slice is a tensor of the whole row
+        """query [H, T, D], key and value [K, T, D] -> [H, T, D]."""
+        # split and not slices, because the gradient of each slice would be as large as the row
         queries, keys, values = (x.split(self.sizes, 1) for x in (query, key, value))
         outputs = []
         for q, lineage in zip(queries, self.lineages, strict=True):
@@ -140,7 +145,7 @@ class Tree:
 
 
 class _Probe(Tree):
-    """Notes which layers ask it."""
+    """A tree that records which layers use it."""
 
     def __init__(self, sequences: list[list[int]]) -> None:
         super().__init__(sequences)
@@ -152,7 +157,7 @@ class _Probe(Tree):
 
 
 def common_prefix(a: list[int], b: list[int], start: int = 0) -> int:
-    """First position from `start` on where a and b differ or one of them ends."""
+    """Length of the common prefix of a and b, given that they are equal up to `start`."""
     stop = min(len(a), len(b))
     while start < stop and a[start] == b[start]:
         start += 1

@@ -1,6 +1,7 @@
-"""The contract of an engine: requests of token ids go in, finished turns come out.
+"""The engine interface: requests of token ids go in, completions of token ids come out.
 
-Shapes: T tokens of one forward pass, V vocabulary.
+A completion is one turn of a trajectory: the tokens that the model samples until a stop rule, an end token or a length
+limit ends it.
 """
 
 from __future__ import annotations
@@ -17,68 +18,86 @@ from thor.text import TextStream
 
 
 class StopRule(Protocol):
-    """Fed with the sampled text as it arrives; True ends the turn. `fences.FenceParser` is one."""
+    """Decides where a turn ends, for example `thor.text.FenceParser`."""
 
-    def feed(self, piece: str) -> bool: ...
+    def feed(self, piece: str) -> bool:
+        """Take the next piece of sampled text. True ends the turn."""
 
 
 @dataclass
 class Request:
-    """One turn to sample. A request with the `id` of an earlier one continues it from whatever prefix they share."""
+    """A turn to sample. If an earlier request had the same `id`, an engine may reuse its cache for the common prefix.
+
+    Attributes:
+        token_ids: the whole context, not only what is new since the last request.
+        temperature: 0 is greedy decoding.
+        top_k: 0 is off.
+        seed: equal seeds sample equal tokens, except that the other requests of the batch may change the rounding of
+            the logits.
+        shared: number of leading tokens that other requests share. A hint to compute them once.
+    """
 
     id: str
     token_ids: list[int]
     max_tokens: int
-    temperature: float = 1.0  # 0: greedy
+    temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    seed: int = 0  # with the same seed it samples the same tokens; batch-mates change the last bits of a float only
+    top_k: int = 0
+    seed: int = 0
     stop: StopRule | None = None
-    shared: int = 0  # leading tokens that other requests share: a hint, what to compute once
+    shared: int = 0
 
-    def room(self, context: int) -> int:
-        """Tokens it may sample from a model that takes `context`; ValueError for what no engine can sample."""
+    def token_limit(self, context: int) -> int:
+        """The number of tokens to sample at most, given the context length of the model.
+
+        Raises ValueError if no engine could serve the request.
+        """
         length = len(self.token_ids)
         if not length:
             raise ValueError(f"request {self.id} has no tokens")
         if self.max_tokens < 1 or self.top_k < 0 or self.temperature < 0:
-            raise ValueError(f"request {self.id} wants max_tokens >= 1, top_k >= 0 and temperature >= 0")
+            raise ValueError(f"request {self.id}: max_tokens must be at least 1, top_k and temperature at least 0")
         if length >= context:
-            raise ValueError(f"request {self.id} has {length} tokens, the model takes {context}")
+            raise ValueError(f"request {self.id} has {length} tokens, but the context length of the model is {context}")
         return min(self.max_tokens, context - length)
 
 
 @dataclass
 class Completion:
-    """A finished turn. logps: log-prob of each token under the distribution it was drawn from."""
+    """A finished turn.
+
+    Attributes:
+        logps: log-prob of each token under the distribution that it was sampled from.
+        finish: 'eos', 'stop' (the stop rule) or 'length'.
+    """
 
     id: str
     token_ids: list[int]
     logps: list[float]
-    finish: str  # 'eos' | 'stop' (the stop rule) | 'length'
+    finish: str
 
 
-class OpenTurn:
-    """The turn of one request while its tokens arrive: where it ends is decided here, for every engine.
+class PartialCompletion:
+    """The tokens of a request sampled so far. Every engine uses it to decide where a turn ends.
 
-    room: tokens it may sample. eos: tokens that end it. token_ids, logps: what was sampled so far.
+    limit: maximum number of tokens. eos: tokens that end the turn.
     """
 
-    def __init__(self, request: Request, room: int, eos: set[int], tokenizer) -> None:
-        self.request, self.room, self.eos = request, room, eos
+    def __init__(self, request: Request, limit: int, eos: set[int], tokenizer) -> None:
+        self.request, self.limit, self.eos = request, limit, eos
         self.text = TextStream(tokenizer, request.token_ids)
         self.token_ids: list[int] = []
         self.logps: list[float] = []
 
     def push(self, token: int, logp: float | None) -> Completion | None:
-        """Take one sampled token; the completion, once this token ends the turn. A log-prob not known becomes NaN."""
+        """Append a sampled token, and return the completion if this token ends it. A missing log-prob becomes NaN."""
         self.token_ids.append(token)
         self.logps.append(math.nan if logp is None else logp)
         if token in self.eos:
             finish = "eos"
         elif self.request.stop and self.request.stop.feed(self.text.push(token)):
             finish = "stop"
-        elif len(self.token_ids) >= self.room:
+        elif len(self.token_ids) >= self.limit:
             finish = "length"
         else:
             return None
@@ -86,30 +105,39 @@ class OpenTurn:
 
 
 class Engine(Protocol):
-    """What the rollout loop drives: requests go in, `step` samples on, finished turns come out, in any order."""
+    """Samples completions for requests. The rollout loop calls `step` as long as `has_work` is true."""
 
     tokenizer: object
-    context: int  # tokens that the model takes: a request must have fewer
+    context: int  # context length of the model: a request must be shorter
 
-    def add(self, request: Request) -> None: ...
+    @property
+    def reproducible(self) -> bool:
+        """Whether equal requests in equal order give equal bits.
+
+        True for HFEngine on the CPU. False for HFEngine on a GPU, for vLLM and for HTTP.
+        """
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError if the engine cannot serve it."""
 
     def step(self) -> list[Completion]:
-        """Sample on; returns the turns that finished since the last call."""
+        """Advance sampling, and return the completions finished since the last call, in any order."""
 
-    def has_work(self) -> bool: ...
+    def has_work(self) -> bool:
+        """Whether any request is queued or being sampled."""
 
     def drop(self) -> None:
-        """Forget every request under way: no later `step` returns a turn of theirs."""
+        """Abort all requests: no later `step` returns their completions."""
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take new weights and forget every cached prefix."""
+        """Load new weights and clear all caches."""
 
     def sleep(self) -> None:
-        """Give back what only sampling needs memory for, while a trainer works."""
+        """Free the memory that only sampling needs, while a trainer uses the device."""
 
 
 def end_tokens(source: str, tokenizer) -> set[int]:
-    """Tokens that end a turn: the tokenizer's and those of generation_config.json, else of config.json."""
+    """The tokenizer's end token and those of generation_config.json, or of config.json if the former is missing."""
     try:
         eos = GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:
@@ -117,6 +145,6 @@ def end_tokens(source: str, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
 
-def signed(seed: int) -> int:
-    """A seed as vLLM takes it, 63 bits: its servers read signed integers, and -1 would mean 'none'."""
+def vllm_seed(seed: int) -> int:
+    """Reduce a seed to 63 bits: vLLM servers read signed integers, and -1 would mean no seed."""
     return seed & (2**63 - 1)

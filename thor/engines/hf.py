@@ -1,10 +1,10 @@
-"""Engines sample token ids from token ids. The contract, and the engine that runs in process on a transformers model.
+"""HFEngine: sampling from a transformers model in this process.
 
-HFEngine batches continuously: requests join and leave at every step, a finished one frees its place at once, and a
-trajectory that waits for its tool keeps its keys and values, so that afterwards only the new tokens are computed.
-A prefix shared by many requests (the prompt of a group, a few-shot preamble) is computed and stored once.
+Batching is continuous: requests join and leave the batch at every step, and a finished request frees its row at once.
+While a trajectory waits for its tool, its keys and values stay cached, so that afterwards only the new tokens are
+computed. A prefix shared by many requests (the prompt of a group, a few-shot preamble) is computed and stored once.
 
-Shapes: R rows that sample, T tokens of one forward pass, V vocabulary, H/K/D query heads, key heads, head size.
+Shapes: R sampled rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,24 +19,32 @@ from transformers import PreTrainedModel
 
 from thor.attention import common_prefix, use_layout_attention
 from thor.distributed import free_memory
-from thor.engines.base import Completion, OpenTurn, Request
-from thor.engines.kv_cache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token
+from thor.engines.base import Completion, PartialCompletion, Request
+from thor.engines.kv_cache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token, round_up
 from thor.settings import UserError
 
-WORTH_A_STEP = 64  # tokens of a prefix for which it waits until another one has computed them
+# A prefix waits until another prefix has computed their common tokens, if that saves at least this many.
+MIN_TOKENS_TO_WAIT_FOR = 64
+# Eviction priority is the step of the last use, plus these bonuses.
+REQUESTED = 2**30  # a waiting request continues the row, or a row with this prefix
+SAME_REQUEST = 2**40  # the request that needs the slot continues the row
+IN_USE = math.inf  # never evicted
 
 
 class NoRoomError(UserError, ValueError):
-    """A request is longer than all the room that an engine has for keys and values."""
+    """A request is longer than the whole KV cache."""
 
 
 class HFEngine:
-    """Samples from a transformers model in this process; in training it shares the trainer's weights.
+    """Samples from a transformers model in this process. In training it shares the model with the trainer.
 
-    max_rows: requests that sample at once. prefill_tokens: prompt tokens that one step computes at most, beside the
-    decoding rows. kv_tokens: tokens of keys and values that there is room for, as slots * longest request, a quarter of
-    it for shared prefixes (default: the `share` of the memory that is free now, divided among the ranks of this
-    machine; the rest is for a trainer beside it, or another engine). Requests for which there is no room wait.
+    max_rows: number of requests to sample at once. Requests wait while no row or no cache is free.
+    prefill_tokens: maximum number of prompt tokens that one step computes beside the decoding rows.
+    kv_tokens: size of the KV cache in tokens, counted as slots * longest request. A quarter is for shared prefixes.
+    share: fraction of the memory that is free now, used for the KV cache if kv_tokens is None. The rest is left to a
+        trainer or to another engine. The ranks of a machine divide its memory.
+
+    Raises ValueError for a model that `thor.attention` does not support.
     """
 
     def __init__(
@@ -59,21 +67,25 @@ class HFEngine:
         self.queue: deque[Request] = deque()
         self.rows = Store(model, max_rows, kv_tokens - kv_tokens // 4)
         self.prefixes = Store(model, max_rows, kv_tokens // 4)
-        self.sharers: dict[int, set[str]] = {}  # hash of a prefix -> the waiting requests that begin with it
-        self.clock = 0
+        self.sharing: dict[int, set[str]] = {}  # hash of a prefix -> ids of the queued requests that start with it
+        self.steps = 0
 
-    # ---- the contract ----
+    # ---- Engine interface ----
+
+    @property
+    def reproducible(self) -> bool:
+        return self.model.device.type == "cpu"
 
     def add(self, request: Request) -> None:
-        length = len(request.token_ids) + request.room(self.context)
+        length = len(request.token_ids) + request.token_limit(self.context)
         if length > self.rows.tokens:
             raise NoRoomError(
-                f"--kv_tokens: request {request.id} may grow to {length} tokens, there is room for {self.rows.tokens} "
-                "and a third of that for shared prefixes"
+                f"--kv_tokens: request {request.id} may need {length} tokens, but the KV cache has only "
+                f"{self.rows.tokens}, and a third as many for shared prefixes"
             )
-        self.sharers.setdefault(hash(_shared(request)), set()).add(request.id)
+        self.sharing.setdefault(hash(_shared_tokens(request)), set()).add(request.id)
         if any(row and row.request.id == request.id for row in self.rows.items):
-            self.queue.appendleft(request)  # before fresh ones take the place of its keys and values
+            self.queue.appendleft(request)  # before other requests evict its row
         else:
             self.queue.append(request)
 
@@ -82,214 +94,251 @@ class HFEngine:
 
     def drop(self) -> None:
         self.queue.clear()
-        self.sharers.clear()
-        self._clear()  # wholly: a step that was broken off counts keys and values that it never wrote
+        self.sharing.clear()
+        self._clear_cache()  # an interrupted step has counted tokens as cached that it did not compute
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         if self.has_work():
-            raise RuntimeError("weights changed while requests were being sampled")
+            raise RuntimeError("cannot update weights while requests are being sampled")
         own = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, parameter in named_parameters:
                 if own[name].data_ptr() != parameter.data_ptr():
                     own[name].copy_(parameter)
-        self._clear()
+        self._clear_cache()
 
     def sleep(self) -> None:
-        """Give back what only sampling needs memory for, while a trainer works; the next step makes it anew."""
+        """Free the KV cache. The next step allocates it again."""
         if self.has_work():
-            raise RuntimeError("put to sleep while requests were being sampled")
-        self._clear()
-
-    def _clear(self) -> None:
-        """Forget all that was computed with the present weights."""
-        self.rows.clear()
-        self.prefixes.clear()
+            raise RuntimeError("cannot sleep while requests are being sampled")
+        self._clear_cache()
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        self.clock += 1
+        self.steps += 1
         self._admit()
         self.rows.compact(lambda row: row.ready and row.pending == 1)
         decoding = [row for row in self.rows.items if row and row.ready and row.pending == 1]
         in_use = {id(row.prefix) for row in decoding}
         self.prefixes.compact(lambda prefix: id(prefix) in in_use)
-        chunks = self._chunks()
+        chunks = self._prefix_chunks(self.prefill_tokens)
+        chunks += self._row_chunks(self.prefill_tokens - sum(len(chunk.token_ids) for chunk in chunks), chunks)
         if not decoding and not chunks:
             return []
-        batch, last, ids, positions = list(decoding), list(range(len(decoding))), [], []
-        for row in decoding:
-            ids.append(row.token_ids[-1])
-            positions.append(len(row.token_ids) - 1)
-        for chunk in chunks:
-            ids += chunk.token_ids
-            positions += range(chunk.position, chunk.position + len(chunk.token_ids))
-            if chunk.row:
-                batch.append(chunk.row)
-                last.append(len(ids) - 1)
-        # all that a GPU has to be told goes there before the model starts: later, each transfer would wait for it
+        token_ids, positions, sampled, last = _model_inputs(decoding, chunks)
+        # Create all inputs before the model runs: on a GPU, a later transfer would wait for the model.
         device = self.model.device
         last = torch.tensor(last, device=device, dtype=torch.long)
-        settings = _sampling_settings(batch, device)
+        settings = _sampling_settings(sampled, device)
         hidden = self.model.base_model(
-            input_ids=torch.tensor([ids], device=device),
+            input_ids=torch.tensor([token_ids], device=device),
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
             layout=CacheLayout(self.rows, self.prefixes, decoding, chunks),
         ).last_hidden_state[0]
         for row in decoding:
-            row.cached, row.used = row.cached + 1, self.clock
-        if not batch:
+            row.cached, row.last_used = row.cached + 1, self.steps
+        if not sampled:
             return []
-        token_ids, logps = sample(self.model.get_output_embeddings()(hidden[last]), *settings)
-        # both in one transfer: reading from a GPU waits for it
-        return self._append(batch, *torch.stack([token_ids.double(), logps.double()]).tolist())
+        new_ids, logps = sample(self.model.get_output_embeddings()(hidden[last]), *settings)
+        # One transfer for both, because reading from a GPU waits for it.
+        return self._append(sampled, *torch.stack([new_ids.double(), logps.double()]).tolist())
 
-    # ---- rows and prefixes ----
+    # ---- scheduling ----
+
+    def _clear_cache(self) -> None:
+        self.rows.clear()
+        self.prefixes.clear()
 
     def _admit(self) -> None:
-        """Give waiting requests a row: their own from before, a free one, or the one that has idled longest."""
-        rows, wanted = self.rows, {request.id for request in self.queue}
+        """Assign rows to queued requests until there is no room for the next one."""
+        requested = {request.id for request in self.queue}
+        self._shrink_slots()
+        while self.queue:
+            if not self._start(self.queue[0], requested):
+                return
+            self.queue.popleft()
+        self.sharing.clear()
+
+    def _shrink_slots(self) -> None:
+        """Make room for more and shorter slots, if an earlier long request has left few long ones."""
+        rows = self.rows
         running = [i for i, row in enumerate(rows.items) if row and row.running]
         if len(running) + len(self.queue) > rows.tokens // max(1, rows.capacity) < rows.max_slots:
-            # few slots and long ones, from an earlier request; those of now can be more and shorter
             requests = [*self.queue, *(rows.items[i].request for i in running)]
-            longest = -(-max(len(request.token_ids) + request.room(self.context) for request in requests) // 64) * 64
+            longest = round_up(max(len(r.token_ids) + r.token_limit(self.context) for r in requests))
             if longest < rows.capacity:
                 rows.resize(min(rows.max_slots, rows.tokens // longest), longest, running)
-        while self.queue:
-            request, ids = self.queue[0], self.queue[0].token_ids
-            own = [row for row in rows.items if row and row.request.id == request.id and not row.running]
-            mine = max(own, key=lambda row: common_prefix(row.token_ids, ids), default=None)
-            if mine and common_prefix(mine.token_ids, ids) <= max(mine.offset, len(_shared(request))):
-                mine = None  # the same id, another text: what it shares with others is worth more
-            prefix = mine.prefix if mine else self._prefix(request, wanted)
-            offset = len(prefix.token_ids) if prefix else 0
-            room = request.room(self.context)
-            length = len(ids) - offset + room
 
-            def worth(row: Row, own: Row | None = mine) -> float:
-                return math.inf if row.running else row.used + (row.request.id in wanted) * 2**30 + (row is own) * 2**40
+    def _start(self, request: Request, requested: set[str]) -> bool:
+        """Assign a row to a request: its row from before, a free one, or the one with the lowest priority.
 
-            if mine and length <= rows.capacity:
-                at = rows.items.index(mine)
-            elif (at := rows.place(length, worth)) is None:
-                return
-            elif mine and mine in rows.items:
-                at = rows.items.index(mine)
-            cached = 0
-            if mine and rows.items[at] is mine:
-                kept = mine.token_ids[offset : offset + mine.cached]
-                cached = min(common_prefix(kept, ids[offset:]), len(ids) - 1 - offset)
-            if prefix:
-                prefix.used = self.clock
-            turn = OpenTurn(request, room, self.eos, self.tokenizer)
-            rows.items[at] = Row(turn, prefix, list(ids), cached, used=self.clock)
-            self.queue.popleft()
-        self.sharers.clear()
+        requested: ids of the requests that were queued when this step began. Returns False if there is no room.
+        """
+        rows, ids = self.rows, request.token_ids
+        own = self._row_to_continue(request)
+        prefix = own.prefix if own else self._prefix(request, requested)
+        offset = len(prefix.token_ids) if prefix else 0
+        limit = request.token_limit(self.context)
+        length = len(ids) - offset + limit
 
-    def _prefix(self, request: Request, wanted: set[str]) -> Prefix | None:
-        """The stored prefix that this request shares with others; None where it is alone, or where there is no room."""
-        ids, prefixes = _shared(request), self.prefixes
+        def priority(row: Row) -> float:
+            if row.running:
+                return IN_USE
+            return row.last_used + (row.request.id in requested) * REQUESTED + (row is own) * SAME_REQUEST
+
+        if own and length <= rows.capacity:
+            slot = rows.items.index(own)
+        elif (slot := rows.allocate(length, priority)) is None:
+            return False
+        elif own and own in rows.items:
+            slot = rows.items.index(own)
+        cached = 0
+        if own and rows.items[slot] is own:
+            kept = own.token_ids[offset : offset + own.cached]
+            cached = min(common_prefix(kept, ids[offset:]), len(ids) - 1 - offset)
+        if prefix:
+            prefix.last_used = self.steps
+        partial = PartialCompletion(request, limit, self.eos, self.tokenizer)
+        rows.items[slot] = Row(partial, prefix, list(ids), cached, last_used=self.steps)
+        return True
+
+    def _row_to_continue(self, request: Request) -> Row | None:
+        """The idle row of an earlier request with the same id, unless the shared prefix saves at least as much."""
+        ids = request.token_ids
+        idle = [row for row in self.rows.items if row and row.request.id == request.id and not row.running]
+        row = max(idle, key=lambda row: common_prefix(row.token_ids, ids), default=None)
+        if row and common_prefix(row.token_ids, ids) <= max(row.offset, len(_shared_tokens(request))):
+            return None
+        return row
+
+    def _prefix(self, request: Request, requested: set[str]) -> Prefix | None:
+        """The stored prefix of a request, added if needed; None if no other request shares it or there is no room."""
+        ids, prefixes = _shared_tokens(request), self.prefixes
         for prefix in prefixes.items:
             if prefix and prefix.token_ids == ids:
                 return prefix
         if not ids or len(ids) > prefixes.tokens:
             return None
-        if len(self.sharers[hash(ids)]) < 2 and not any(r and _shared(r.request) == ids for r in self.rows.items):
+        in_rows = any(row and _shared_tokens(row.request) == ids for row in self.rows.items)
+        if len(self.sharing[hash(ids)]) < 2 and not in_rows:
             return None
         running, waiting = set(), set()
         for row in self.rows.items:
-            if row and (row.running or row.request.id in wanted):
+            if row and (row.running or row.request.id in requested):
                 (running if row.running else waiting).add(id(row.prefix))
 
-        def worth(prefix: Prefix) -> float:
-            return math.inf if id(prefix) in running else prefix.used + (id(prefix) in waiting) * 2**30
+        def priority(prefix: Prefix) -> float:
+            return IN_USE if id(prefix) in running else prefix.last_used + (id(prefix) in waiting) * REQUESTED
 
         before = [prefix for prefix in prefixes.items if prefix]
-        at = prefixes.place(len(ids), worth)
-        if at is None:
+        slot = prefixes.allocate(len(ids), priority)
+        if slot is None:
             return None
-        prefixes.items[at] = new = Prefix(ids)
-        gone = {id(prefix) for prefix in before} - {id(prefix) for prefix in prefixes.items}
-        self.rows.items = [None if row and id(row.prefix) in gone else row for row in self.rows.items]
-        self._copy_known(new)
+        prefixes.items[slot] = new = Prefix(ids)
+        evicted = {id(prefix) for prefix in before} - {id(prefix) for prefix in prefixes.items}
+        self.rows.items = [None if row and id(row.prefix) in evicted else row for row in self.rows.items]
+        self._copy_cached(new)
         return new
 
-    def _copy_known(self, new: Prefix) -> None:
-        """Copy what stands elsewhere: a step sampled anew begins like its trajectory, a prompt like other prompts.
+    def _copy_cached(self, new: Prefix) -> None:
+        """Copy the longest cached start of a prefix from other slots.
 
-        As far as it still stands there: with more trajectories than rows, most have made way by then.
+        A step that is sampled again starts like its trajectory, and a prompt like other prompts of the same template.
         """
         rows, prefixes = self.rows, self.prefixes
 
-        def known(row: Row) -> int:
-            ready = row.prefix is None or not row.prefix.pending
-            return common_prefix(row.token_ids[: row.offset + row.cached], new.token_ids) if ready else 0
+        def cached(row: Row) -> int:
+            prefix_cached = row.prefix is None or not row.prefix.pending
+            return common_prefix(row.token_ids[: row.offset + row.cached], new.token_ids) if prefix_cached else 0
 
         sources = [(common_prefix(p.token_ids[: p.cached], new.token_ids), p, None) for p in prefixes.items if p]
-        sources += [(known(row), row.prefix, slot) for slot, row in enumerate(rows.items) if row]
-        new.cached, prefix, slot = max(sources, key=lambda source: source[0])
-        at, shared = prefixes.items.index(new), min(new.cached, len(prefix.token_ids) if prefix else 0)
-        if shared:
-            prefixes.copy(at, 0, prefixes, prefixes.items.index(prefix), shared)
-        if new.cached > shared:
-            prefixes.copy(at, shared, rows, slot, new.cached - shared)
+        sources += [(cached(row), row.prefix, slot) for slot, row in enumerate(rows.items) if row]
+        new.cached, prefix, row_slot = max(sources, key=lambda source: source[0])
+        slot, from_prefix = prefixes.items.index(new), min(new.cached, len(prefix.token_ids) if prefix else 0)
+        if from_prefix:
+            prefixes.copy_from(prefixes, prefixes.items.index(prefix), slot, 0, from_prefix)
+        if new.cached > from_prefix:
+            prefixes.copy_from(rows, row_slot, slot, from_prefix, new.cached - from_prefix)
 
-    def _chunks(self) -> list[Chunk]:
-        """What this step computes of prompts and observations, at most `prefill_tokens`; shared prefixes come first."""
-        chunks, budget = [], self.prefill_tokens
-        slot_of = {id(prefix): slot for slot, prefix in enumerate(self.prefixes.items)}
-        pending: list[Prefix] = []
-        for prefix in self.prefixes.items:
-            if prefix and prefix.pending:
-                if not prefix.begun:
-                    worth = prefix.cached + WORTH_A_STEP
-                    if any(common_prefix(other.token_ids, prefix.token_ids) >= worth for other in pending):
-                        continue  # later it copies what the other one has by then
-                    self._copy_known(prefix)
-                    prefix.begun = True
-                pending.append(prefix)
-        for prefix in pending:
+    def _prefix_chunks(self, budget: int) -> list[Chunk]:
+        """Pending tokens of shared prefixes to compute in this step, at most `budget`."""
+        pending: list[tuple[int, Prefix]] = []
+        for slot, prefix in enumerate(self.prefixes.items):
+            if not prefix or not prefix.pending:
+                continue
+            if not prefix.started:
+                enough = prefix.cached + MIN_TOKENS_TO_WAIT_FOR
+                if any(common_prefix(other.token_ids, prefix.token_ids) >= enough for _, other in pending):
+                    continue  # a later step copies what the other prefix has computed by then
+                self._copy_cached(prefix)
+                prefix.started = True
+            pending.append((slot, prefix))
+        chunks = []
+        for slot, prefix in pending:
             if prefix.pending and budget:
-                slot, start, count = slot_of[id(prefix)], prefix.cached, min(prefix.pending, budget)
+                start, count = prefix.cached, min(prefix.pending, budget)
                 ids = list(prefix.token_ids[start : start + count])
                 chunks.append(Chunk(ids, start, self.prefixes, slot, start, None))
                 prefix.cached += count
                 budget -= count
-        fresh = {chunk.slot for chunk in chunks}  # rows that see these start with the next step
+        return chunks
+
+    def _row_chunks(self, budget: int, prefix_chunks: list[Chunk]) -> list[Chunk]:
+        """Pending tokens of rows to compute in this step, at most `budget`."""
+        chunks = []
+        slot_of = {id(prefix): slot for slot, prefix in enumerate(self.prefixes.items)}
+        in_progress = {chunk.slot for chunk in prefix_chunks}  # rows with these prefixes start in the next step
         waiting = [(slot, row) for slot, row in enumerate(self.rows.items) if row and row.ready and row.pending > 1]
-        for slot, row in sorted(waiting, key=lambda pair: pair[1].used):  # so that none waits for ever
-            shared = slot_of[id(row.prefix)] if row.prefix else None
-            if budget and shared not in fresh:
+        for slot, row in sorted(waiting, key=lambda pair: pair[1].last_used):  # the longest wait first
+            prefix_slot = slot_of[id(row.prefix)] if row.prefix else None
+            if budget and prefix_slot not in in_progress:
                 start, count = row.offset + row.cached, min(row.pending, budget)
-                chunk = Chunk(row.token_ids[start : start + count], start, self.rows, slot, row.cached, shared)
+                chunk = Chunk(row.token_ids[start : start + count], start, self.rows, slot, row.cached, prefix_slot)
                 chunk.row = row if count == row.pending else None
                 chunks.append(chunk)
-                row.cached, row.used = row.cached + count, self.clock
+                row.cached, row.last_used = row.cached + count, self.steps
                 budget -= count
         return chunks
 
-    def _append(self, batch: list[Row], token_ids: list[float], logps: list[float]) -> list[Completion]:
-        """Add the sampled tokens to their rows; returns the turns that they end."""
+    def _append(self, sampled: list[Row], token_ids: list[float], logps: list[float]) -> list[Completion]:
+        """Append the sampled tokens to their rows, and return the completions that they finish."""
         finished = []
-        for row, token, logp in zip(batch, map(int, token_ids), logps, strict=True):
+        for row, token, logp in zip(sampled, map(int, token_ids), logps, strict=True):
             row.token_ids.append(token)
-            if completion := row.turn.push(token, logp):
+            if completion := row.partial.push(token, logp):
                 row.running = False
                 finished.append(completion)
         return finished
 
 
-def _shared(request: Request) -> tuple[int, ...]:
+def _shared_tokens(request: Request) -> tuple[int, ...]:
+    """The tokens of the shared prefix. At least one token of a request is left to its own row."""
     return tuple(request.token_ids[: min(request.shared, len(request.token_ids) - 1)])
 
 
-def _sampling_settings(batch: list[Row], device: torch.device) -> tuple:
-    """The arguments of `sample` behind the logits, on the device; top-p and top-k are None where no row has any."""
-    requests = [row.request for row in batch]
+def _model_inputs(decoding: list[Row], chunks: list[Chunk]) -> tuple[list[int], list[int], list[Row], list[int]]:
+    """Token ids and positions of one forward pass, the rows to sample from, and the index of each row's last token."""
+    ids = [row.token_ids[-1] for row in decoding]
+    positions = [len(row.token_ids) - 1 for row in decoding]
+    sampled, last = list(decoding), list(range(len(decoding)))
+    for chunk in chunks:
+        ids += chunk.token_ids
+        positions += range(chunk.position, chunk.position + len(chunk.token_ids))
+        if chunk.row:
+            sampled.append(chunk.row)
+            last.append(len(ids) - 1)
+    return ids, positions, sampled, last
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+def _sampling_settings(rows: list[Row], device: torch.device) -> tuple:
+    """The arguments of `sample` after the logits, on the device. top_ps and top_ks are None if no row uses them."""
+    requests = [row.request for row in rows]
     temperatures = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device)
-    counts = [len(row.turn.token_ids) for row in batch]
+    counts = [len(row.partial.token_ids) for row in rows]
     uniforms = torch.from_numpy(uniform([r.seed for r in requests], counts)).to(device)
     if not any(r.top_k or r.top_p < 1 for r in requests):
         return temperatures, None, None, uniforms
@@ -298,9 +347,10 @@ def _sampling_settings(batch: list[Row], device: torch.device) -> tuple:
 
 
 def uniform(seeds: list[int], counts: list[int]) -> np.ndarray:
-    """One float32 in (0, 1) for each (seed, count): a hash, not a stream, so it does not depend on batch-mates.
+    """One float32 in (0, 1) for each (seed, count).
 
-    The mixing steps are those of splitmix64 (Steele, Lea and Flood 2014), applied to the seed and then the count.
+    It is a hash and not a random stream, so that it does not depend on the other requests of the batch. The seed and
+    then the count are mixed as in splitmix64 (Steele, Lea and Flood 2014).
     """
 
     def mix(x: np.ndarray) -> np.ndarray:
@@ -313,11 +363,14 @@ def uniform(seeds: list[int], counts: list[int]) -> np.ndarray:
     return ((hashed >> np.uint64(41)).astype(np.float32) + np.float32(0.5)) / np.float32(2**23)
 
 
-def sample(logits, temperatures, top_ps, top_ks, uniforms) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row by inverting the cumulative distribution: logits [R, V] -> ids [R], log-probs [R].
+def sample(logits: torch.Tensor, temperatures, top_ps, top_ks, uniforms) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample one token per row by inverting the cumulative distribution.
 
-    temperatures, top_ps, top_ks, uniforms: [R]; top_ps and top_ks both None: off. top-p is of what top-k leaves. The
-    log-probs are those of the distribution drawn from; greedy rows (temperature 0) report them at temperature 1.
+    logits [R, V]; temperatures, top_ps, top_ks, uniforms [R], with top_ps and top_ks both None if they are off
+    -> token ids [R] and log-probs [R].
+
+    top-p applies to the distribution that top-k leaves. Log-probs are those of the distribution that is sampled from;
+    those of greedy rows (temperature 0) are at temperature 1.
     """
     temperatures, uniforms = (torch.as_tensor(x, device=logits.device)[:, None] for x in (temperatures, uniforms))
     greedy = temperatures == 0
@@ -331,7 +384,7 @@ def sample(logits, temperatures, top_ps, top_ks, uniforms) -> tuple[torch.Tensor
         drop = (below_k | (mass.cumsum(-1) - mass >= p)) & ~greedy
         drop[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
-    # in float64 on a GPU, whose parallel sums of float32 need not be monotonic; a CPU adds them up in float64 anyway
+    # A GPU needs float64, because its parallel float32 cumsum may not be monotonic. A CPU sums in float64 anyway.
     exact = torch.float64 if logits.is_cuda else None
     cumulative = (logits - best).exp_().cumsum(-1, dtype=exact)
     total = cumulative[:, -1:]

@@ -1,9 +1,9 @@
-"""Keys and values of the tokens that HFEngine has seen, and the attention of one forward pass over them.
+"""The KV cache of HFEngine, and the attention of one forward pass over it.
 
-Two stores of the same kind: one slot a request, and one slot a prefix that several requests share. A request's first
-tokens are those of its prefix, the rest stands in its own slot.
+There are two stores: one holds a slot per request, the other a slot per prefix that several requests share. The first
+tokens of a request are in the slot of its prefix, the remaining tokens in the slot of the request.
 
-Shapes: R rows that decode, T tokens of one forward pass, P prefixes in use, H/K/D query heads, key heads, head size.
+Shapes: R decoding rows, T tokens of one forward pass, P prefixes in use, H query heads, K key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -18,15 +18,21 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from thor.attention import causal_sdpa
+from thor.engines.base import PartialCompletion, Request
 
-HIDDEN = -1e30  # score of a key that is not seen; finite, since a part of a softmax may consist of nothing else
+# Score of a masked key. Finite, because one part of a softmax may consist of masked keys only.
+MASKED = -1e30
+BLOCK = 64  # slot capacities are multiples of it
 
 
 class Store:
-    """Keys and values of sequences in slots: per layer `keys[layer]` and `values[layer]`, each [slots, K, capacity, D].
+    """Keys and values in slots: `keys[layer]` and `values[layer]` are [slots, K, capacity, D].
 
-    items: what stands in each slot, or None. tokens: slots * capacity is at most this. Tensors grow by doubling and are
-    written in place. Zeros, not garbage, beyond what is written: a masked weight of 0 times a NaN would be NaN.
+    slots * capacity never exceeds `tokens`. Tensors grow by doubling and are written in place. They are initialized
+    with zeros, because a masked weight of 0 times an uninitialized NaN would be NaN.
+
+    Attributes:
+        items: the Row or Prefix in each slot, or None.
     """
 
     def __init__(self, model: PreTrainedModel, max_slots: int, tokens: int) -> None:
@@ -44,57 +50,72 @@ class Store:
         _, heads, size = self.shape
         return torch.zeros(slots, heads, capacity, size, dtype=self.dtype, device=self.device)
 
-    def place(self, length: int, worth: Callable[[Any], float]) -> int | None:
-        """A slot for `length` tokens (at most `self.tokens`); its item, if it has one, is to make way.
+    def allocate(self, length: int, priority: Callable[[Any], float]) -> int | None:
+        """Return a slot for `length` tokens, or None if too many items are in use.
 
-        worth(item): what its keys and values are still worth, infinite where they are in use. The least worth makes
-        way, when there are as many slots as there may be. None where too many are in use.
+        The caller overwrites the item in this slot. If no slot is free and no slot can be added, it is the slot of the
+        item with the lowest priority. Longer slots may leave room for fewer of them, which evicts more items.
+
+        length: at most `self.tokens`.
+        priority: maps an item to its priority; infinity means that it is in use.
         """
-        capacity = max(self.capacity, min(-(-length // 64) * 64, self.tokens))
-        most = min(self.max_slots, self.tokens // capacity)
-        kept = sorted((i for i, item in enumerate(self.items) if item), key=lambda i: -worth(self.items[i]))
-        if sum(worth(self.items[i]) == math.inf for i in kept) >= most:
+        capacity = max(self.capacity, min(round_up(length), self.tokens))
+        max_slots = min(self.max_slots, self.tokens // capacity)
+        kept = sorted((i for i, item in enumerate(self.items) if item), key=lambda i: -priority(self.items[i]))
+        if sum(priority(self.items[i]) == math.inf for i in kept) >= max_slots:
             return None
-        if capacity > self.capacity or (len(kept) == len(self.items) < most):
-            kept = kept[:most]
-            self.resize(min(most, max(len(kept) + 1, 2 * len(self.items))), capacity, kept)
+        if capacity > self.capacity or (len(kept) == len(self.items) < max_slots):
+            kept = kept[:max_slots]
+            self.resize(min(max_slots, max(len(kept) + 1, 2 * len(self.items))), capacity, kept)
         if None in self.items:
             return self.items.index(None)
-        return min(range(len(self.items)), key=lambda i: worth(self.items[i]))
+        return min(range(len(self.items)), key=lambda i: priority(self.items[i]))
 
     def resize(self, slots: int, capacity: int, keep: list[int]) -> None:
-        """Other slots, of another length, that begin with the items `keep`; the others are lost."""
+        """Change the number and capacity of slots. The items in the slots `keep` move to the front, others are lost."""
         length = min(capacity, self.capacity)
         for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):  # one at a time: old and new of all layers might not fit
+            for layer, old in enumerate(tensors):  # layer by layer, because two copies of all layers might not fit
                 tensors[layer] = self._zeros(slots, capacity)
                 if keep:
                     tensors[layer][: len(keep), :, :length] = old[keep, :, :length]
         self.capacity, self.items = capacity, [self.items[i] for i in keep] + [None] * (slots - len(keep))
 
-    def copy(self, slot: int, start: int, source: Store, other: int, count: int) -> None:
-        """The first `count` tokens of the slot `other` of `source`, to `start` in `slot`."""
+    def copy_from(self, source: Store, source_slot: int, slot: int, start: int, count: int) -> None:
+        """Copy the first `count` tokens of a slot of `source` to position `start` of a slot of this store."""
         for mine, theirs in zip((*self.keys, *self.values), (*source.keys, *source.values), strict=True):
-            mine[slot, :, start : start + count] = theirs[other, :, :count]
+            mine[slot, :, start : start + count] = theirs[source_slot, :, :count]
 
     def compact(self, wanted: Callable[[Any], bool]) -> None:
-        """Move the wanted items to the first slots, so that attention reads one view of them and no other."""
-        front = [bool(item and wanted(item)) for item in self.items]
+        """Move the wanted items to the first slots, so that attention can read them as one contiguous view."""
+        in_front = [bool(item and wanted(item)) for item in self.items]
         i, j = 0, len(self.items) - 1
         while True:
-            while i < j and front[i]:
+            while i < j and in_front[i]:
                 i += 1
-            while i < j and not front[j]:
+            while i < j and not in_front[j]:
                 j -= 1
             if i >= j:
                 return
             length = max(item.cached for item in (self.items[i], self.items[j]) if item)
-            for tensor in (*self.keys, *self.values):  # slices: an index tensor would be a transfer to the GPU each
+            for tensor in (*self.keys, *self.values):  # slices, because an index tensor would need a transfer to a GPU
                 moved = tensor[i, :, :length].clone()
                 tensor[i, :, :length] = tensor[j, :, :length]
                 tensor[j, :, :length] = moved
             self.items[i], self.items[j] = self.items[j], self.items[i]
-            front[i], front[j] = True, False
+            in_front[i], in_front[j] = True, False
+
+
+def round_up(length: int) -> int:
+    """The capacity of a slot for `length` tokens."""
+    return -(-length // BLOCK) * BLOCK
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Memory of the keys and values of one token in all layers."""
+    config = model.config.get_text_config()
+    heads, size = _head_shape(config)
+    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
 
 
 def _head_shape(config) -> tuple[int, int]:
@@ -103,49 +124,57 @@ def _head_shape(config) -> tuple[int, int]:
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def bytes_per_token(model: PreTrainedModel) -> int:
-    """Memory of one token's keys and values in all layers."""
-    config = model.config.get_text_config()
-    heads, size = _head_shape(config)
-    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
-
-
 @dataclass(eq=False)
 class Prefix:
-    """Leading tokens that several requests share, in one slot of their own store."""
+    """Leading tokens that several requests share, in a slot of the prefix store.
+
+    Attributes:
+        cached: number of tokens whose keys and values are in the slot.
+        started: whether computing tokens has started. Before that, tokens are only copied from other slots.
+        last_used: step of the last use.
+    """
 
     token_ids: tuple[int, ...]
     cached: int = 0
-    begun: bool = False  # whether any of it was computed; before, it can only be copied
-    used: int = 0  # step of the last use
+    started: bool = False
+    last_used: int = 0
 
     @property
     def pending(self) -> int:
+        """Number of tokens whose keys and values are not cached yet."""
         return len(self.token_ids) - self.cached
 
 
 @dataclass(eq=False)
 class Row:
-    """A request in one slot: the keys and values of its first tokens are those of `prefix`, `cached` more are there."""
+    """A request in a slot of the request store.
 
-    turn: Any  # engine.OpenTurn
+    Attributes:
+        token_ids: prompt and sampled tokens.
+        cached: number of tokens after the prefix whose keys and values are in the slot.
+        running: False once the completion is finished. The slot is kept for the next request with the same id.
+        last_used: step of the last use.
+    """
+
+    partial: PartialCompletion
     prefix: Prefix | None
-    token_ids: list[int]  # everything so far
+    token_ids: list[int]
     cached: int = 0
     running: bool = True
-    used: int = 0  # step of the last use
+    last_used: int = 0
 
     @property
-    def request(self) -> Any:
-        return self.turn.request
+    def request(self) -> Request:
+        return self.partial.request
 
     @property
     def offset(self) -> int:
+        """Number of tokens in the slot of the prefix."""
         return len(self.prefix.token_ids) if self.prefix else 0
 
     @property
     def pending(self) -> int:
-        """Tokens whose keys and values are not cached yet."""
+        """Number of tokens whose keys and values are not cached yet."""
         return len(self.token_ids) - self.offset - self.cached
 
     @property
@@ -155,57 +184,59 @@ class Row:
 
 @dataclass
 class Chunk:
-    """Pending tokens of one sequence, computed in one forward pass; their keys and values go to store[slot][start:]."""
+    """Pending tokens of one sequence for one forward pass. Their keys and values go to store[slot][start:].
+
+    Attributes:
+        position: position of the first token in the whole sequence.
+        prefix: slot of the prefix that the tokens also attend to, if any.
+        row: the row to sample from after this chunk, if any.
+    """
 
     token_ids: list[int]
-    position: int  # of the first of them in the whole text
+    position: int
     store: Store
     slot: int
     start: int
-    prefix: int | None  # the slot in the store of prefixes that they also see
-    row: Row | None = None  # sampled from after this chunk
+    prefix: int | None
+    row: Row | None = None
 
 
 class CacheLayout:
-    """Who sees what in one forward pass over [decoding rows 0..R-1, one token each | chunks, several tokens each].
+    """The attention of one forward pass over [decoding rows 0..R-1, one token each | chunks, several tokens each].
 
-    A decoding row sees its prefix and its own slot. Both parts are computed for all rows at once: P prefixes in use,
-    each with at most m rows, so that what a group shares is read once.
+    A decoding row attends to its prefix and to its own slot. Both parts are computed for all rows at once. For the
+    prefixes, queries are grouped into [P, m], m rows per prefix at most, so that each prefix is read only once.
+
+    Row i of `decoding` must be in slot i, and the prefixes of these rows in the first slots (see `Store.compact`).
     """
 
-    def __init__(
-        self,
-        rows: Store,
-        prefixes: Store,
-        decoding: list[Row],
-        chunks: list[Chunk],
-    ) -> None:
+    def __init__(self, rows: Store, prefixes: Store, decoding: list[Row], chunks: list[Chunk]) -> None:
         self.rows, self.prefixes, self.chunks, device = rows, prefixes, chunks, rows.device
         self.R = len(decoding)
         self.lengths = torch.tensor([row.cached + 1 for row in decoding], device=device)
         self.row_index = torch.arange(self.R, device=device)
         self.longest = max((row.cached + 1 for row in decoding), default=0)
         self.P, self.longest_prefix = 0, 0
-        shared = prefixes.items
-        members: list[list[int]] = [[] for _ in shared]
-        slot_of = {id(prefix): slot for slot, prefix in enumerate(shared) if prefix}
+        slot_of = {id(prefix): slot for slot, prefix in enumerate(prefixes.items) if prefix}
+        members: list[list[int]] = [[] for _ in prefixes.items]
         for i, row in enumerate(decoding):
             if row.prefix:
                 members[slot_of[id(row.prefix)]].append(i)
         members = members[: max((p + 1 for p, group in enumerate(members) if group), default=0)]
         if members:
             self.P, m = len(members), max(map(len, members))
-            self.longest_prefix = max(len(prefix.token_ids) for prefix in shared[: self.P])
-            # members [P, m]: a row, or R where there is none; place [R]: where each row stands in there, or P * m
+            lengths = [len(prefix.token_ids) for prefix in prefixes.items[: self.P]]
+            self.longest_prefix = max(lengths)
+            # members [P, m]: rows of each prefix, padded with R. member_index [R]: where a row is in it, or P * m
             self.members = torch.tensor([group + [self.R] * (m - len(group)) for group in members], device=device)
-            place = [self.P * m] * self.R
+            member_index = [self.P * m] * self.R
             for p, group in enumerate(members):
                 for j, i in enumerate(group):
-                    place[i] = p * m + j
-            self.place = torch.tensor(place, device=device)
-            self.prefix_lengths = torch.tensor([len(prefix.token_ids) for prefix in shared[: self.P]], device=device)
+                    member_index[i] = p * m + j
+            self.member_index = torch.tensor(member_index, device=device)
+            self.prefix_lengths = torch.tensor(lengths, device=device)
             self.offsets = torch.tensor([row.offset for row in decoding], device=device)
-        self.hidden: dict[int | None, tuple] = {}  # window -> masks of keys that are not seen
+        self.masks: dict[int | None, tuple] = {}  # by sliding window
 
     def attend(self, layer: int, query, key, value, scaling: float, window: int | None) -> torch.Tensor:
         """query [H, T, D], key and value [K, T, D] of the new tokens -> [H, T, D]."""
@@ -214,77 +245,86 @@ class CacheLayout:
             self.rows.keys[layer][self.row_index, :, self.lengths - 1] = key[:, : self.R].transpose(0, 1)
             self.rows.values[layer][self.row_index, :, self.lengths - 1] = value[:, : self.R].transpose(0, 1)
             outputs.append(self._decode(layer, query[:, : self.R], key.shape[0], scaling, window))
-        at = self.R
+        first = self.R
         for chunk in self.chunks:
-            count, end = len(chunk.token_ids), chunk.start + len(chunk.token_ids)
+            last, end = first + len(chunk.token_ids), chunk.start + len(chunk.token_ids)
             keys, values = chunk.store.keys[layer][chunk.slot], chunk.store.values[layer][chunk.slot]
-            keys[:, chunk.start : end] = key[:, at : at + count]
-            values[:, chunk.start : end] = value[:, at : at + count]
+            keys[:, chunk.start : end] = key[:, first:last]
+            values[:, chunk.start : end] = value[:, first:last]
             k, v = keys[:, :end], values[:, :end]
             if chunk.prefix is not None:
                 shared = slice(chunk.position - chunk.start)
                 k = torch.cat([self.prefixes.keys[layer][chunk.prefix, :, shared], k], 1)
                 v = torch.cat([self.prefixes.values[layer][chunk.prefix, :, shared], v], 1)
-            outputs.append(causal_sdpa(query[:, at : at + count], k, v, scaling, window))
-            at += count
+            outputs.append(causal_sdpa(query[:, first:last], k, v, scaling, window))
+            first = last
         return torch.cat(outputs, 1)
 
-    def _masks(self, window: int | None):
-        """Keys a decoding row does not see: in its slot [R, longest], in its prefix [P, m or 1, longest_prefix]."""
-        if window not in self.hidden:
-            at = torch.arange(self.longest, device=self.lengths.device)
-            own = at >= self.lengths[:, None]
+    def _masks(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Masked keys of decoding rows: in their slots [R, longest], in their prefixes [P, m or 1, longest_prefix]."""
+        if window not in self.masks:
+            positions = torch.arange(self.longest, device=self.lengths.device)
+            own = positions >= self.lengths[:, None]
             prefix = None
             if window:
-                own |= at < self.lengths[:, None] - window
+                own |= positions < self.lengths[:, None] - window
             if self.P:
-                at = torch.arange(self.longest_prefix, device=self.lengths.device)
-                prefix = (at >= self.prefix_lengths[:, None])[:, None]
+                positions = torch.arange(self.longest_prefix, device=self.lengths.device)
+                prefix = (positions >= self.prefix_lengths[:, None])[:, None]
                 if window:
-                    positions = F.pad(self.offsets + self.lengths - 1, (0, 1))[self.members]  # [P, m]
-                    prefix = prefix | (at <= positions[..., None] - window)
-            self.hidden[window] = (own, prefix)
-        return self.hidden[window]
+                    queries = F.pad(self.offsets + self.lengths - 1, (0, 1))[self.members]  # their positions [P, m]
+                    prefix = prefix | (positions <= queries[..., None] - window)
+            self.masks[window] = (own, prefix)
+        return self.masks[window]
 
     def _decode(self, layer: int, query, K: int, scaling: float, window: int | None) -> torch.Tensor:
-        """Softmax over [shared prefix | own slot] in two parts, merged by their maxima and sums."""
+        """Attention of the decoding rows: query [H, R, D] -> [H, R, D].
+
+        The softmax over [prefix | own slot] is computed in two parts, which are merged by their maxima and sums.
+        """
         H, R, D = query.shape
-        own, shared = self._masks(window)
+        own_mask, prefix_mask = self._masks(window)
         q = query.transpose(0, 1).reshape(R, K, H // K, D)
         keys, values = (x[layer][:R, :, : self.longest] for x in (self.rows.keys, self.rows.values))
-        top, total, out = _softmax_part(q, keys, values, scaling, own[:, None, None])
+        top, total, out = _partial_softmax(q, keys, values, scaling, own_mask[:, None, None])
         if self.P:
             keys, values = (
                 x[layer][: self.P, :, : self.longest_prefix] for x in (self.prefixes.keys, self.prefixes.values)
             )
             m = self.members.shape[1]
             grouped = F.pad(q, (0, 0) * 3 + (0, 1))[self.members].transpose(1, 2).reshape(self.P, K, -1, D)
-            mask = shared[:, None] if shared.shape[1] == 1 else shared.repeat_interleave(H // K, 1)[:, None]
-            part = _softmax_part(grouped, keys, values, scaling, mask)
-            ptop, ptotal, pout = (
-                x.reshape(self.P, K, m, H // K, -1).transpose(1, 2).reshape(self.P * m, K, H // K, -1) for x in part
+            if prefix_mask.shape[1] > 1:
+                prefix_mask = prefix_mask.repeat_interleave(H // K, 1)
+            parts = _partial_softmax(grouped, keys, values, scaling, prefix_mask[:, None])
+            prefix_top, prefix_total, prefix_out = (
+                x.reshape(self.P, K, m, H // K, -1).transpose(1, 2).reshape(self.P * m, K, H // K, -1) for x in parts
             )
-            # rows without a prefix take the appended part, whose weight is zero
-            ptop = F.pad(ptop, (0, 0) * 3 + (0, 1), value=HIDDEN)[self.place]
-            ptotal, pout = (F.pad(x, (0, 0) * 3 + (0, 1))[self.place] for x in (ptotal, pout))
-            both = torch.maximum(top, ptop)
-            mine, other = (top - both).exp_(), (ptop - both).exp_()
-            total = total * mine + ptotal * other
-            out = out * mine + pout * other
+            # rows without a prefix select the padding, whose weight is zero
+            prefix_top = F.pad(prefix_top, (0, 0) * 3 + (0, 1), value=MASKED)[self.member_index]
+            prefix_total, prefix_out = (
+                F.pad(x, (0, 0) * 3 + (0, 1))[self.member_index] for x in (prefix_total, prefix_out)
+            )
+            both = torch.maximum(top, prefix_top)
+            weight, prefix_weight = (top - both).exp_(), (prefix_top - both).exp_()
+            total = total * weight + prefix_total * prefix_weight
+            out = out * weight + prefix_out * prefix_weight
         return (out / total).to(query.dtype).reshape(R, H, D).transpose(0, 1)
 
 
-def _softmax_part(q, keys, values, scaling: float, hidden):
-    """Unnormalised softmax(scaling q keys^T) values [P, K, q, D], with the maximum and the sum that normalise it, all
-    in float32: parts can merge. q [P, K, q, D], keys and values [P, K, L, D]."""
-    scores = _float_product(q, keys.transpose(-1, -2)).mul_(scaling).masked_fill_(hidden, HIDDEN)
+def _partial_softmax(q, keys, values, scaling: float, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention over a part of the keys, in float32: maximum score, sum of weights, and unnormalized output.
+
+    q [P, K, q, D], keys and values [P, K, L, D], mask broadcastable to [P, K, q, L] (True is masked)
+    -> [P, K, q, 1], [P, K, q, 1], [P, K, q, D].
+    """
+    scores = _float32_matmul(q, keys.transpose(-1, -2)).mul_(scaling).masked_fill_(mask, MASKED)
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
-    return top, weights.sum(-1, keepdim=True), _float_product(weights.to(values.dtype), values)
+    return top, weights.sum(-1, keepdim=True), _float32_matmul(weights.to(values.dtype), values)
 
 
-def _float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [P, K, m, n] @ b [P, K, n, o] in float32, whatever their type: in bfloat16, scores would be off by percents."""
-    if a.is_cuda and a.dtype.itemsize == 2:  # without copies in float32; a CPU has no such product
+def _float32_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [P, K, m, n] @ b [P, K, n, o] in float32 for any input dtype. In bfloat16, scores would be off by percents."""
+    if a.is_cuda and a.dtype.itemsize == 2:  # without float32 copies of the inputs; CPUs have no such kernel
         return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
     return a.float() @ b.float()
