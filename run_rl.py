@@ -21,8 +21,6 @@ Deviations from the paper: std is the population's; no KL and no entropy term un
 
 On the CPU a run is reproducible bit for bit, also when it is killed and resumed (set --kv_tokens if memory is so scarce
 that it limits how many requests decode at once). On GPUs it is not, because kernels add in any order.
-
-Shapes: P problems, G group size, N action tokens of a micro-batch.
 """
 
 from __future__ import annotations

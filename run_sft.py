@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from thor.demo.model import DEMO_MODEL
+from thor.demo import DEMO_MODEL
 from thor.distributed import barrier, cpu_workers, rank, start_ranks
 from thor.engines import HFEngine
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table

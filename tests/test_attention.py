@@ -7,9 +7,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from thor.attention import Tree, use_layout_attention
+from thor.attention import Tree, micro_batches, use_layout_attention
 from thor.training.scoring import score_tokens
-from thor.training.trainer import micro_batches
 
 
 def branching_sequences() -> list[list[int]]:

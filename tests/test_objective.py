@@ -39,7 +39,7 @@ from run_rl import (
     value_loss,
 )
 from run_sft import sft_loss
-from thor.attention import Tree
+from thor.attention import Tree, micro_batches
 from thor.engines import HFEngine
 from thor.rollout import Sampling, solve
 from thor.run_folder import Run
@@ -53,8 +53,6 @@ from thor.training.trainer import (
     Trainer,
     TrainSettings,
     collate,
-    distinct_tokens,
-    micro_batches,
 )
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
@@ -507,7 +505,7 @@ def test_a_tree_over_the_budget_is_split_into_sub_trees(tree, sequences, budget)
     for batch in batches:
         rows = [sequences[b] for b in batch]
         tokens = len(Tree(rows, share=tree).token_ids)
-        assert tokens == distinct_tokens(rows, tree) and (tokens <= budget or len(batch) == 1)
+        assert tokens <= budget or len(batch) == 1
 
 
 def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(tokenizer):

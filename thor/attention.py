@@ -10,6 +10,8 @@ Shapes: B sequences, T tokens of the row, H query heads, K key/value heads, D he
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
@@ -154,6 +156,27 @@ class _Probe(Tree):
     def attend(self, layer: int, *args) -> torch.Tensor:
         self.layers.add(layer)
         return super().attend(layer, *args)
+
+
+def micro_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> Iterator[list[int]]:
+    """Indices of `sequences` in batches of at most `budget` distinct tokens; a longer sequence is a batch by itself.
+
+    Sequences with a common prefix are neighbours. A prefix tree over the budget is split into sub-trees, each with a
+    copy of the tokens that they share. tree=False: nothing is shared, every token counts.
+    """
+    batch: list[int] = []
+    tokens, last = 0, []
+    for b in sorted(range(len(sequences)), key=sequences.__getitem__):
+        new = sequences[b]
+        shared = common_prefix(last, new) if tree else 0
+        if batch and tokens + len(new) - shared > budget:
+            yield batch
+            batch, tokens, shared = [], 0, 0
+        batch.append(b)
+        tokens += len(new) - shared
+        last = new
+    if batch:
+        yield batch
 
 
 def common_prefix(a: list[int], b: list[int], start: int = 0) -> int:

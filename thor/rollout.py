@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thor.attention import common_prefix
@@ -62,10 +62,9 @@ def drive(
 ) -> list[Any]:
     """Run all tasks and return their values in order. `done(index, value)` is called as each task ends.
 
-    in_flight: number of tasks that run at once (default: all). With fewer tasks than rows, an engine keeps the cache of
-    each of them.
-    deterministic: wait for all submitted code before each step of the engine. Which requests share a batch, and so how
-    every float is rounded, then depends on the tasks alone and not on the speed of the tools.
+    in_flight: tasks that run at once (default: all). With at most as many as rows, an engine keeps the cache of each.
+    deterministic: wait for all submitted code before each step of the engine. Then the tasks alone, and not the speed
+    of the tools, determine which requests share a batch, and so how every float is rounded.
     """
     tasks = list(tasks)
     values: list[Any] = [None] * len(tasks)
@@ -88,8 +87,7 @@ def drive(
         ask = wanted if isinstance(wanted, Ask) else Ask(engine, wanted)
         key = (id(ask.engine), ask.request.id)
         assert key not in waiting, f"two requests named {ask.request.id} at once"
-        engines[id(ask.engine)] = ask.engine
-        waiting[key] = i
+        engines[id(ask.engine)], waiting[key] = ask.engine, i
         ask.engine.add(ask.request)
 
     try:
@@ -103,8 +101,8 @@ def drive(
                         resume(waiting.pop((id(e), completion.id)), completion)
             while running:
                 timeout = None if deterministic or not busy else 0
-                finished = wait(running, timeout, ALL_COMPLETED if deterministic else FIRST_COMPLETED).done
-                for future in sorted(finished, key=lambda f: running[f][0]):
+                ended = wait(running, timeout, ALL_COMPLETED if deterministic else FIRST_COMPLETED).done
+                for future in sorted(ended, key=lambda f: running[f][0]):
                     i, code, tries = running.pop(future)
                     result = future.result()
                     if result.status == "infra" and tries < INFRA_TRIES:
@@ -165,8 +163,7 @@ def parse_step(tokenizer, token_ids: list[int], before: Sequence[int] = ()) -> t
 class Sampler:
     """Samples the turns of one trajectory.
 
-    name: identifies the trajectory among all that the engine serves. shared: number of leading tokens that other
-    trajectories have too.
+    name: its name, unique in the engine. shared: number of leading tokens that other trajectories have too.
     """
 
     engine: Engine
@@ -200,7 +197,7 @@ def split_think(step: Step, suffix_tokens: int) -> int:
 def think_act_observe(
     sampler: Sampler, trajectory: Trajectory, self_correct: int, suffix_tokens: int, stop_on_failure: bool
 ) -> Task:
-    """Complete one empty trajectory; see `solve` for the arguments. Paper, sections 2 and 3.3."""
+    """Complete one empty trajectory; see `solve` for the arguments (paper, section 3.3)."""
     engine, sampling, listener = sampler.engine, sampler.sampling, sampler.listener
     rounds = tries = 0
     while not trajectory.finish:
@@ -255,7 +252,6 @@ def solve(
     problems: list[Problem],
     sampling: Sampling,
     *,
-    max_rounds: int | None = None,
     self_correct: int = 0,
     suffix_tokens: int = 100,
     stop_on_failure: bool = False,
@@ -265,7 +261,6 @@ def solve(
 ) -> list[Trajectory]:
     """Sample one trajectory for each entry of `problems`, in their order. Repeat an entry G times for a group.
 
-    max_rounds: overrides the one of `sampling`.
     self_correct: tries per step. When a block fails and tries remain, backtrack to r_pre (the thought without its last
     `suffix_tokens` tokens) and sample again from there. When they are used up, the failed output stays and the model
     continues. The trajectory counts corrections and discarded tokens.
@@ -274,8 +269,6 @@ def solve(
 
     A trajectory with finish 'infra' says nothing about the policy and must be dropped.
     """
-    if max_rounds is not None:
-        sampling = replace(sampling, max_rounds=max_rounds)
     prompts = {problem.question: render_prompt(engine.tokenizer, problem.question) for problem in problems}
     preamble = common_prefix(min(prompts.values()), max(prompts.values())) if len(prompts) > 1 else 0
     groups = Counter(problem.id for problem in problems)

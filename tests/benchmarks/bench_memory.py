@@ -6,8 +6,8 @@ The logits dominate: 9.3 GiB in float32, and plain autograd holds several copies
 layers of hidden size 64), so that little else counts: the activations of a larger one grow with layers and hidden size,
 not with the vocabulary. All tokens but the first of one sequence are scored. Peaks are resident memory on the CPU above
 what the model and its gradients take, each measured in a separate process. The plain way (logits, their log-softmax and
-its gradient at the same time, as autograd keeps them) is measured at a length that fits, and extrapolated. The last line
-is JSON.
+its gradient at the same time, as autograd keeps them) is measured at a length that fits, and extrapolated. The last
+line is JSON.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts are not part o
 
 import run_rl
 import thor.training.trainer
-from thor.demo.model import DEMO_MODEL, demo_model
+from thor.demo import DEMO_MODEL, demo_model
 from thor.distributed import end_ranks, start_ranks
 from thor.engines import HFEngine, Request
 from thor.fast_cpu import AVAILABLE, keep_freed_memory, multiply

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 from thor.attention import use_layout_attention
-from thor.demo.model import DEMO_MODEL, ModelError, demo_model
+from thor.demo import DEMO_MODEL, ModelError, demo_model
 from thor.distributed import barrier, rank, world_size
 
 try:
@@ -52,10 +52,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "float32") -> tuple
     """Load a model, in eval mode and with layout attention, and its tokenizer.
 
     name: 'smollm2-135m' (fetched on first use), a local Hugging Face folder, or a hub id.
-    device: 'auto' is a GPU if there is one.
-    dtype: 'auto' is float32 on the CPU and bfloat16 on a GPU. Use it only for sampling: training in bfloat16 would
-    round small updates away.
-    Raises ModelError, whose message is one line that says what to do.
+    device: 'auto' is a GPU if there is one. dtype: 'auto' is float32 on the CPU and bfloat16 on a GPU; use it only for
+    sampling, because training in bfloat16 would round small updates away. Raises ModelError with one line.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype

@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
@@ -25,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from thor.attention import common_prefix
-from thor.demo.model import DEMO_MODEL
+from thor.attention import Tree, micro_batches
+from thor.demo import DEMO_MODEL
 from thor.distributed import all_reduce_sum, barrier, gather, rank, world_size
 from thor.run_folder import Run, write_atomic
 from thor.settings import UserError, setting
@@ -96,18 +95,17 @@ class Counts:
 
     @classmethod
     def of(cls, samples: list[Sample]) -> Counts:
-        return cls(
-            sum(s.trajectory.num_sampled for s in samples if s.level == "trajectory"),
-            sum(s.trajectory.num_sampled for s in samples if s.level == "step"),
-            sum(int((s.advantages > 0).sum()) for s in samples),
-        )
+        tokens = Counter(trajectory=0, step=0)
+        for sample in samples:
+            tokens[sample.level] += sample.trajectory.num_sampled
+        return cls(**tokens, positive=sum(int((s.advantages > 0).sum()) for s in samples))
 
 
 @dataclass
 class Batch:
     """What the loss needs beside the scores of a micro-batch: tensors [N], and the counts of the optimizer batch.
 
-    logp_sampler is NaN where the engine reported none. The last four are None where the samples lack them.
+    logp_sampler is NaN where the engine reported none. The last four are None if the samples lack them.
     """
 
     counts: Counts
@@ -127,44 +125,14 @@ def collate(samples: list[Sample], counts: Counts, device: torch.device | str = 
         return torch.cat([torch.empty(0), *parts]).to(device)  # a rank may have no samples
 
     optional = ("logp_old", "logp_ref", "value_old", "returns")
+    known = {name for name in optional if all(getattr(s, name) is not None for s in samples)}
     return Batch(
         counts,
         join([s.advantages for s in samples]),
         join([torch.full((s.trajectory.num_sampled,), s.level == "step") for s in samples]).bool(),
         join([torch.tensor(s.trajectory.action_logps) for s in samples]),
-        *(
-            join([getattr(s, name) for s in samples]) if all(getattr(s, name) is not None for s in samples) else None
-            for name in optional
-        ),
+        **{name: join([getattr(s, name) for s in samples]) for name in known},
     )
-
-
-def micro_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> Iterator[list[int]]:
-    """Indices of `sequences` in batches of at most `budget` distinct tokens; a longer sequence is a batch by itself.
-
-    Sequences with a common prefix are neighbours. A prefix tree over the budget is split into sub-trees, each with a
-    copy of the tokens that they share. tree=False: nothing is shared, every token counts.
-    """
-    batch: list[int] = []
-    tokens, last = 0, []
-    for b in sorted(range(len(sequences)), key=sequences.__getitem__):
-        new = sequences[b]
-        shared = common_prefix(last, new) if tree else 0
-        if batch and tokens + len(new) - shared > budget:
-            yield batch
-            batch, tokens, shared = [], 0, 0
-        batch.append(b)
-        tokens += len(new) - shared
-        last = new
-    if batch:
-        yield batch
-
-
-def distinct_tokens(sequences: list[list[int]], tree: bool = True) -> int:
-    """Length of the row that `sequences` are laid out in."""
-    ordered = sorted(sequences)
-    shared = sum(common_prefix(a, b) for a, b in pairwise(ordered)) if tree else 0
-    return sum(map(len, ordered)) - shared
 
 
 def rank_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> list[list[int]]:
@@ -172,9 +140,12 @@ def rank_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> 
     ranks = world_size()
     if ranks == 1:
         return list(micro_batches(sequences, budget, tree))
-    fair = -(-distinct_tokens(sequences, tree) // ranks)
-    batches = list(micro_batches(sequences, min(budget, fair), tree))
-    batches.sort(key=lambda members: -distinct_tokens([sequences[b] for b in members], tree))
+
+    def distinct_tokens(members: list[int] | range) -> int:
+        return len(Tree([sequences[b] for b in members], share=tree).token_ids)
+
+    fair = -(-distinct_tokens(range(len(sequences))) // ranks)
+    batches = sorted(micro_batches(sequences, min(budget, fair), tree), key=distinct_tokens, reverse=True)
     batches += [[]] * (-len(batches) % ranks)
     return batches[rank() :: ranks]
 
@@ -188,8 +159,7 @@ class Trainer:
     """Owns the model, the optimizer and the state of a training run, and resumes the run's last checkpoint.
 
     temperature: of the softmax that scores tokens. value_lr: learning rate of the value head, if there is one.
-    reference: a frozen model to score with, which is sharded like the policy.
-    state: saved with each checkpoint; scripts add what they need to resume.
+    reference: a frozen model to score with, sharded like the policy. state: part of each checkpoint.
     """
 
     def __init__(
@@ -209,13 +179,9 @@ class Trainer:
             shard(sharded)
         head = [p for name, p in model.named_parameters() if name.startswith("value_head.")]
         body = [p for name, p in model.named_parameters() if not name.startswith("value_head.")]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": body}, *([{"params": head, "lr": value_lr}] if head else [])],
-            lr=settings.lr,
-            betas=(0.9, 0.95),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        groups = [{"params": body}, *([{"params": head, "lr": value_lr}] if head else [])]
+        options = {"lr": settings.lr, "betas": (0.9, 0.95), "weight_decay": settings.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(groups, **options)
         self.state = {"iteration": 0, "skipped_in_a_row": 0} | self._restore()
         self.steps = 0  # optimizer steps of this iteration
         for name in ("metrics.jsonl", "trajectories.jsonl"):
@@ -236,9 +202,8 @@ class Trainer:
                 if self.stuck:
                     self.save(self.state | {"skipped_in_a_row": 0})
                     raise UserError(
-                        f"{MAX_SKIPPED} optimizer steps in a row were skipped, because loss or gradient was not "
-                        f"finite; their batches are in {self.run / 'skipped'}, the weights before them in "
-                        f"{self.run / CHECKPOINTS}"
+                        f"{MAX_SKIPPED} optimizer steps in a row were skipped: loss or gradient was not finite. Their "
+                        f"batches are in {self.run / 'skipped'}, the weights before them in {self.run / CHECKPOINTS}"
                     )
                 if (iteration + 1) % save_every == 0 or iteration + 1 == total:
                     self.save(self.state)
@@ -254,14 +219,11 @@ class Trainer:
         loss(batch, scores) returns what a micro-batch contributes to the loss, and sums of its metrics. It divides by
         batch.counts, which covers all samples, so the gradient does not depend on how they are cut into micro-batches.
         A loss or gradient that is not finite skips the step: the weights stay, and the samples are written to skipped/.
-
-        Returns 'loss', 'grad_norm' (before clipping), 'skipped' (0 or 1), the action tokens of each level
-        ('tokens_trajectory', 'tokens_step') and the summed metrics.
+        Returns 'loss', 'grad_norm' (before clipping), 'skipped' (0 or 1), 'tokens_trajectory', 'tokens_step' (action
+        tokens of each level), and the sums of the metrics.
         """
         counts, sums, logps = Counts.of(samples), Counter(), {}
-        for members in self._rank_batches(samples):
-            part = [samples[b] for b in members]
-            scores = self._score(self.model, part, samples)
+        for members, part, scores in self._micro_batches(self.model, samples):
             value, info = loss(collate(part, counts, scores.logp.device), scores)
             (value * world_size()).backward()  # FSDP averages over ranks, but the sum is needed
             sums.update({"loss": value.item()} | info)
@@ -284,23 +246,21 @@ class Trainer:
     def score(self, samples: list[Sample], model: PreTrainedModel | None = None) -> list[tuple]:
         """(logp [N], value [N, 2] or None) of each sample under `model` (default: the policy), on the CPU."""
         found = {}
-        for members in self._rank_batches(samples):
-            part = [samples[b] for b in members]
-            scores = self._score(model or self.model, part, samples)
+        for members, part, scores in self._micro_batches(model or self.model, samples):
             values = [None] * len(part) if scores.value is None else _split(scores.value.cpu(), part)
             found.update(zip(members, zip(_split(scores.logp.cpu(), part), values, strict=True), strict=True))
         found = {b: scores for part in gather(found) for b, scores in part.items()}
         return [found[b] for b in range(len(samples))]
 
-    def _rank_batches(self, samples: list[Sample]) -> list[list[int]]:
-        sequences = [s.trajectory.all_token_ids for s in samples]
-        return rank_batches(sequences, self.settings.max_tokens_per_micro_batch, self.settings.tree)
-
-    def _score(self, model: PreTrainedModel, part: list[Sample], samples: list[Sample]) -> Scores:
-        # a rank without samples scores no token of some sequence, because the forward pass is a collective operation
-        sequences = [s.trajectory.all_token_ids for s in part] or [samples[0].trajectory.all_token_ids[:1]]
-        scored = [s.trajectory.action_positions for s in part] or [[]]
-        return score_tokens(model, sequences, scored, self.temperature, tree=self.settings.tree)
+    def _micro_batches(self, model, samples: list[Sample]) -> Iterator[tuple[list[int], list[Sample], Scores]]:
+        """This rank's micro-batches: indices of the samples, the samples, and their scores under `model`."""
+        ids, tree = [s.trajectory.all_token_ids for s in samples], self.settings.tree
+        for members in rank_batches(ids, self.settings.max_tokens_per_micro_batch, tree):
+            part = [samples[b] for b in members]
+            # a rank without samples scores no token of some sequence, because a sharded forward pass needs all ranks
+            sequences = [ids[b] for b in members] or [ids[0][:1]]
+            scored = [s.trajectory.action_positions for s in part] or [[]]
+            yield members, part, score_tokens(model, sequences, scored, self.temperature, tree=tree)
 
     def _dump(self, samples: list[Sample], logps: dict[int, torch.Tensor]) -> None:
         """Write what this rank computed of a skipped batch to skipped/<iteration>-<step>-rank<rank>.jsonl."""
@@ -323,25 +283,19 @@ class Trainer:
     # ---- checkpoints ----
 
     def save(self, state: dict) -> None:
-        """Write checkpoints/<iteration>.pt, point latest.pt to it, and keep only the newest ones.
+        """Write checkpoints/<iteration>.pt, link latest.pt to it once it is complete, and keep only the newest ones.
 
-        Parameters and optimizer state are full and by name, so any number of ranks can resume. A checkpoint is linked
-        only when it is complete: latest.pt is valid wherever the run is killed.
+        Parameters and optimizer state are full and by name, so any number of ranks can resume.
         """
-        everything = {
-            "model": get_model_state_dict(self.model, options=FULL_STATE),
-            # before the first step there is no state, and asking for it would create some
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE)
-            if self.optimizer.state
-            else None,
-            "state": state,
-        }
+        saved = {"model": get_model_state_dict(self.model, options=FULL_STATE), "optimizer": None, "state": state}
+        if self.optimizer.state:  # before the first step there is none, and asking for it would create some
+            saved["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE)
         if rank() == 0:
             folder = self.run / CHECKPOINTS
             folder.mkdir(exist_ok=True)
-            path, temporary = folder / f"{state['iteration']:06d}.pt", folder / "checkpoint.tmp"
-            link = folder / "link.tmp"
-            torch.save(everything, temporary)
+            path, link = folder / f"{state['iteration']:06d}.pt", folder / "link.tmp"
+            temporary = folder / "checkpoint.tmp"
+            torch.save(saved, temporary)
             os.replace(temporary, path)
             link.unlink(missing_ok=True)  # left by a run that was killed here
             link.symlink_to(path.name)
