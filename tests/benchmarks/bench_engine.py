@@ -1,19 +1,19 @@
-"""HFEngine beside transformers' own `generate`, and vLLM where it is installed: same prompts, same numbers of tokens.
+"""Compare the throughput of HFEngine, transformers' `generate` and vLLM (if installed) on the CPU.
 
-    python tests/benchmarks/bench_engine.py                 all four workloads
-    python tests/benchmarks/bench_engine.py --only a,b      some of them
-    python tests/benchmarks/bench_engine.py --vllm-python .venv-vllm/bin/python      vLLM in the environment that has it
+    python tests/benchmarks/bench_engine.py                 run all four workloads
+    python tests/benchmarks/bench_engine.py --only a,b      run some of them
+    python tests/benchmarks/bench_engine.py --vllm-python .venv-vllm/bin/python      use vLLM from another environment
 
 (a) 64 prompts of 20 to 80 tokens, 128 new tokens each
-(b) 8 prompts of 500 tokens, 8 samples of each, 96 new tokens (one group of RL)
-(c) 32 trajectories of 3 rounds: 16 to 96 sampled tokens, a sympy snippet through the executor, 24 tokens of output.
-    The usual loop has all rows sample a round together, runs all snippets, and prefills the whole text again.
-(d) as (c), with each snippet sleeping 0.5 s before it starts, and a worker of the executor for each trajectory
+(b) 8 prompts of 500 tokens, 8 samples each, 96 new tokens (like a group in RL)
+(c) 32 trajectories of 3 rounds: 16 to 96 sampled tokens, a sympy snippet in the executor, 24 tokens of output.
+    With `generate`, all rows sample a round together, then all snippets run, then the whole text is prefilled again.
+(d) as (c), but each snippet sleeps for 0.5 s first, and the executor has a worker for each trajectory
 
-All sample at temperature 1 from the same prompts, the number of tokens is forced. HFEngine and vLLM also report the
-log-prob of each token. The limit is what the fastest matmul measured here (torch's or oneDNN's, see thor/cpu.py) allows
-for the multiplications that no implementation can avoid: linear layers and vocabulary projection of each new token. The
-last line is JSON.
+All engines sample at temperature 1 from the same prompts, and the number of new tokens is fixed. HFEngine and vLLM also
+return the log-prob of each token. The throughput limit counts only the matrix products that no implementation can
+avoid: linear layers and vocabulary projection of each new token, at the rate of the fastest matmul measured here
+(PyTorch's, or that of the model's own layers). The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -35,36 +35,40 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
 
 from thor.engines import HFEngine, Request
-from thor.fast_cpu import AVAILABLE, multiply
 from thor.rollout import drive
 from thor.sandbox import Executor
-from thor.training.model import load_model, model_source
+from thor.training import load_model, model_source
 
 ROUNDS, OUTPUT = 3, 24
 SNIPPET = "from sympy import *\nx = symbols('x')\nprint(solve(x**2 - {}*x + {}, x))"
 
 
-# ---- workloads: lists of prompts, and how many tokens each samples --------------------------------------------------
+# ---- workloads ------------------------------------------------------------------------------------------------------
 
 
-def some_tokens(rng: random.Random, vocabulary: int, count: int) -> list[int]:
+def random_tokens(rng: random.Random, vocabulary: int, count: int) -> list[int]:
     return [rng.randrange(100, vocabulary) for _ in range(count)]
 
 
 def workload(name: str, vocabulary: int, scale: float) -> dict:
-    """prompts, tokens to sample per prompt (a list per round), tokens of tool output, seconds a tool sleeps."""
-    rng = random.Random(f"{name}{scale}")  # no prompt of a warm-up is measured
+    """A workload.
+
+    prompts: list of token ids. new: for each prompt the number of new tokens per round, or one such list for all.
+    group: number of equal prompts in a row. sleep: seconds that each snippet sleeps.
+    scale: size relative to the full workload. The seed depends on it, so that the warm-up uses other prompts.
+    """
+    rng = random.Random(f"{name}{scale}")
 
     def n(count: int) -> int:
         return max(1, round(count * scale))
 
     if name == "a":
-        return {"prompts": [some_tokens(rng, vocabulary, rng.randint(20, 80)) for _ in range(n(64))], "new": [[128]]}
+        return {"prompts": [random_tokens(rng, vocabulary, rng.randint(20, 80)) for _ in range(n(64))], "new": [[128]]}
     if name == "b":
-        prompts = [some_tokens(rng, vocabulary, 500) for _ in range(n(8))]
+        prompts = [random_tokens(rng, vocabulary, 500) for _ in range(n(8))]
         return {"prompts": [p for p in prompts for _ in range(8)], "new": [[96]], "group": 8}
-    prompts = [some_tokens(rng, vocabulary, rng.randint(40, 120)) for _ in range(n(32))]
-    rng = random.Random(scale)  # (c) and (d) sample equally many tokens
+    prompts = [random_tokens(rng, vocabulary, rng.randint(40, 120)) for _ in range(n(32))]
+    rng = random.Random(scale)  # the same for (c) and (d)
     new = [[rng.randint(16, 96) for _ in range(ROUNDS)] for _ in prompts]
     return {"prompts": prompts, "new": new, "sleep": 0.5 if name == "d" else 0.0}
 
@@ -74,14 +78,14 @@ def snippet(i: int, round_: int, sleep: float) -> str:
 
 
 def output_tokens(i: int, round_: int, vocabulary: int) -> list[int]:
-    return some_tokens(random.Random(i * 8 + round_), vocabulary, OUTPUT)
+    return random_tokens(random.Random(i * 8 + round_), vocabulary, OUTPUT)
 
 
-# ---- the three ways to run a workload; each returns the number of sampled tokens ------------------------------------
+# ---- running a workload ---------------------------------------------------------------------------------------------
 
 
-class Forced(StoppingCriteria):
-    """Ends each row of `generate` after its own number of tokens."""
+class FixedLengths(StoppingCriteria):
+    """Stops each row of `generate` after a given number of tokens."""
 
     def __init__(self, prompt_length: int, counts: list[int]) -> None:
         self.ends = torch.tensor([prompt_length + count for count in counts])
@@ -91,7 +95,7 @@ class Forced(StoppingCriteria):
 
 
 def generate(model, prompts: list[list[int]], counts: list[int], samples: int = 1) -> list[list[int]]:
-    """transformers' sampling of a padded batch."""
+    """Sample new tokens for a padded batch of prompts with transformers."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -106,14 +110,15 @@ def generate(model, prompts: list[list[int]], counts: list[int], samples: int = 
         eos_token_id=None,
         pad_token_id=0,
         num_return_sequences=samples,
-        stopping_criteria=[Forced(width, counts)],
+        stopping_criteria=[FixedLengths(width, counts)],
     )
     rows = out[:, width:].tolist()
     return [row[:count] for row, count in zip(rows, counts, strict=True)]
 
 
-def by_generate(model, load: dict, executor: Executor) -> int:
-    """Round by round in lockstep, the whole text prefilled again each round: the usual loop."""
+@torch.inference_mode()
+def run_with_generate(model, load: dict, executor: Executor) -> int:
+    """Run all trajectories in lockstep, and prefill the whole text in each round. Returns the number of new tokens."""
     group, vocabulary = load.get("group", 1), model.config.vocab_size
     prompts = load["prompts"][::group]
     if len(load["new"]) == 1:
@@ -129,8 +134,8 @@ def by_generate(model, load: dict, executor: Executor) -> int:
     return total
 
 
-def by_engine(engine, load: dict, executor: Executor, vocabulary: int) -> int:
-    """Through our event loop: as generators that yield requests and code."""
+def run_with_engine(engine, load: dict, executor: Executor, vocabulary: int) -> int:
+    """Run all trajectories with the rollout loop. Returns the number of new tokens."""
 
     def trajectory(i: int):
         ids, total, shared = list(load["prompts"][i]), 0, len(load["prompts"][i]) - 1
@@ -151,31 +156,33 @@ def by_engine(engine, load: dict, executor: Executor, vocabulary: int) -> int:
 
 
 @torch.no_grad()
-def matmul_rate(model) -> tuple[dict[str, float], float]:
-    """(FLOP/s of the model's own linear layers at 512 rows by torch's matmul and oneDNN's, FLOP for one new token)."""
-    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    flop = sum(2 * w.numel() for w in weights)
-    inputs = {w.shape[1]: torch.randn(512, w.shape[1]) for w in weights}
+def matmul_rates(model) -> tuple[dict[str, float], float]:
+    """FLOP/s of the linear layers at 512 rows with PyTorch's matmul and with their own, and FLOP for one new token."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    flop = sum(2 * layer.weight.numel() for layer in layers)
+    inputs = {layer.in_features: torch.randn(512, layer.in_features) for layer in layers}
     rates = {}
-    for name, matmul in {"torch": torch.nn.functional.linear, **({"onednn": multiply} if AVAILABLE else {})}.items():
+    for name, matmul in {
+        "torch": lambda layer, x: torch.nn.functional.linear(x, layer.weight),
+        "model": lambda layer, x: layer(x),
+    }.items():
         best = float("inf")
         for _ in range(4):
             start = time.perf_counter()
-            for w in weights:
-                matmul(inputs[w.shape[1]], w)
+            for layer in layers:
+                matmul(layer, inputs[layer.in_features])
             best = min(best, time.perf_counter() - start)
         rates[name] = 512 * flop / best
     return rates, flop
 
 
 def peak_rss() -> float:
-    """Largest resident memory of this process so far, in MiB."""
+    """Peak resident memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-@torch.inference_mode()
 def measure(which: str, source: str, names: list[str]) -> dict:
-    """All workloads through one engine, in this process."""
+    """Run workloads with one engine in this process."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     if which == "vllm":
@@ -197,38 +204,42 @@ def measure(which: str, source: str, names: list[str]) -> dict:
     def run(name: str, scale: float, executor: Executor) -> int:
         load = workload(name, vocabulary, scale)
         if which == "generate":
-            return by_generate(model, load, executor)
-        return by_engine(engine, load, executor, vocabulary)
+            return run_with_generate(model, load, executor)
+        return run_with_engine(engine, load, executor, vocabulary)
 
-    found: dict = {}
+    results: dict = {}
     with Executor(workers=2, timeout=10) as two, Executor(workers=32, timeout=10, preload=("sympy",)) as many:
         for name in names:
             executor = many if name == "d" else two
-            run(name, 1 / 8, executor)
+            run(name, 1 / 8, executor)  # warm-up
             began = time.perf_counter()
             tokens = run(name, 1, executor)
             seconds = time.perf_counter() - began
-            found[name] = {"tokens": tokens, "seconds": round(seconds, 2), "tokens_per_s": round(tokens / seconds, 1)}
-            print(f"({name}) {which:9} {found[name]}", flush=True)
-    found["peak_mib"] = round(peak_rss() - start)  # above the loaded weights (vLLM: above the libraries)
-    print(f"    {which:9} peak memory {found['peak_mib']} MiB", flush=True)
-    return found
+            results[name] = {"tokens": tokens, "seconds": round(seconds, 2), "tokens_per_s": round(tokens / seconds, 1)}
+            print(f"({name}) {which:9} {results[name]}", flush=True)
+    results["peak_mib"] = round(peak_rss() - start)  # above the loaded weights (vLLM: above the imported libraries)
+    print(f"    {which:9} peak memory {results['peak_mib']} MiB", flush=True)
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="demo name, folder or hub id")
+    parser.add_argument("--model", default="smollm2-135m", help="name of the demo model, folder or hub id")
     parser.add_argument("--only", default="a,b,c,d", help="workloads to run")
-    parser.add_argument("--engines", default="generate,ours,vllm", help="what to run; vllm is skipped if not installed")
-    parser.add_argument("--vllm-python", default=sys.executable, help="interpreter that has vLLM")
-    parser.add_argument("--child", action="store_true", help="(internal) measure the one engine, the last line is JSON")
+    parser.add_argument(
+        "--engines",
+        default="generate,ours,vllm",
+        help="engines to compare ('ours' is HFEngine); vllm is skipped if it is not installed",
+    )
+    parser.add_argument("--vllm-python", default=sys.executable, help="Python interpreter of an environment with vLLM")
+    parser.add_argument("--child", action="store_true", help="(internal) measure one engine in this process")
     args = parser.parse_args()
     source, names = model_source(args.model), args.only.split(",")
     if args.child:
         print(json.dumps(measure(args.engines, source, names)))
         return
     model, _ = load_model(source, "cpu")
-    rates, flop = matmul_rate(model)
+    rates, flop = matmul_rates(model)
     del model
     about = {"model": args.model, "cpus": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
@@ -238,29 +249,30 @@ def main() -> None:
     }
     limit = about["limit_tokens_per_s"] = round(max(rates.values()) / flop)
     print(about, flush=True)
-    found: dict = {}
-    for which in args.engines.split(","):  # each in a process of its own, so that threads and peaks do not mix
+    results: dict = {}
+    for which in args.engines.split(","):  # each in its own process, which keeps threads and memory peaks apart
         if which != "vllm" or args.vllm_python != sys.executable or importlib.util.find_spec("vllm"):
             python = args.vllm_python if which == "vllm" else sys.executable
             command = [python, __file__, "--child", "--model", source, "--only", args.only, "--engines", which]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
                 for line in child.stdout:
                     if line.startswith("{"):
-                        found[which] = json.loads(line)
+                        results[which] = json.loads(line)
                     else:
                         print(line, end="", flush=True)
             if child.returncode:
-                raise SystemExit(f"{which} failed, see above")
-    ours = found.get("ours", {})
+                raise SystemExit(f"{which} failed, see the output above")
+    ours = results.get("ours", {})
     for name in names if ours else ():
-        for which in found.keys() - {"ours"}:
-            ratio = about[f"{name}_over_{which}"] = round(found[which][name]["seconds"] / ours[name]["seconds"], 2)
-            print(f"({name}) ours is {ratio} times as fast as {which}")
-        print(f"({name}) ours reaches {ours[name]['tokens_per_s'] / limit:.0%} of the matmul limit of {limit} tokens/s")
+        for which in results.keys() - {"ours"}:
+            ratio = about[f"{name}_over_{which}"] = round(results[which][name]["seconds"] / ours[name]["seconds"], 2)
+            print(f"({name}) HFEngine is {ratio} times as fast as {which}")
+        share = ours[name]["tokens_per_s"] / limit
+        print(f"({name}) HFEngine reaches {share:.0%} of the throughput limit of {limit} tokens/s")
     if "c" in ours and "d" in ours:
         about["d_over_c"] = round(ours["d"]["seconds"] / ours["c"]["seconds"], 3)
         print(f"(d) takes {about['d_over_c']} times as long as (c)")
-    print(json.dumps(about | found))
+    print(json.dumps(about | results))
 
 
 if __name__ == "__main__":
