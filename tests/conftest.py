@@ -133,9 +133,9 @@ def interrupt(module: torch.nn.Module):
 
 
 class ScriptedEngine:
-    """An engine whose turns are written by `reply(request, turn) -> text`; None in place of EOS ends at 'length'.
+    """An engine that answers with the text `reply(request, turn)`, where `turn` counts the requests of an id.
 
-    It cuts a turn where the stop rule says so, as a real engine does, and keeps what it reported.
+    Stop rules and length limits apply as in a real engine. Records all requests and completions.
     """
 
     def __init__(self, tokenizer, reply, context: int = 1 << 30) -> None:
