@@ -1,5 +1,7 @@
 """Tests of the fence parser, boxed answers, and incremental decoding."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,10 +81,54 @@ def test_block_closes_without_a_newline():
         ("no box", None),
         (r"\boxed{}", ""),
         (r"\boxed { 3 }", "3"),
+        (r"\boxed{1} then \boxed{ 2 }", "2"),
+        (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{a \\ b}", r"a \\ b"),
+        (r"line \\ \boxed {7}", "7"),
+        (r"\boxed 5 and more", "5"),
+        (r"$\boxed 1{,}000$ or \boxed -2.", "-2"),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\boxed{3 so { \boxed{4}", "4"),
+        (r"\boxed{\boxed{6}}", "6"),
+        (r"{{ \boxed{8}", "8"),
+        (r"} \boxed{9}", "9"),
+        ("\\boxed{two\nlines}", "two\nlines"),
+        (r"use \boxed notation", None),
+        (r"\boxed{2", None),
+        (r"\fbox{2}", None),
+        ("boxed{2}", None),
+        ("", None),
     ],
 )
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
+
+
+balanced = st.recursive(
+    st.text(st.sampled_from(r"1x+ ,=^_"), max_size=6) | st.sampled_from([r"\{", r"\}", r"\\ ", r"\frac"]),
+    lambda inner: st.lists(inner, max_size=3).map("".join) | inner.map(lambda body: "{" + body + "}"),
+    max_leaves=12,
+)
+
+
+@given(st.text(), balanced, st.text(st.characters(exclude_characters="\\{}")))
+def test_extract_answer_finds_last_complete_box(before, body, after):
+    text = before.replace("\\", "") + r" \boxed{" + body + "}" + after
+    assert extract_answer(text) == body.strip()
+    assert extract_answer(text + r" \boxed{unfinished") == body.strip()
+
+
+@given(st.text(st.sampled_from("\\boxed{}[]$ 1ab\n")))
+def test_extract_answer_returns_a_substring_and_never_raises(text):
+    answer = extract_answer(text)
+    assert answer is None or answer in text
+
+
+def test_extract_answer_takes_linear_time():
+    start = time.perf_counter()
+    assert extract_answer("\\boxed{" * 200_000) is None
+    assert time.perf_counter() - start < 10
 
 
 @given(st.text(alphabet=st.characters(blacklist_categories=("Cs",)), max_size=30))
