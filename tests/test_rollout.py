@@ -1,4 +1,4 @@
-"""The token ledger over several rounds, self-correction, step regeneration, the event loop."""
+"""Tests of the token ledger, self-correction, step regeneration, and the event loop."""
 
 import dataclasses
 import json
@@ -20,31 +20,34 @@ PROBLEM = Problem("p", "What?", "4")
 
 
 def turns(*texts):
-    """A reply function that gives the n-th text on the n-th turn (the last one again and again)."""
+    """A reply function for ScriptedEngine: the n-th text on the n-th turn, and the last text on all later turns."""
     return lambda request, turn: texts[min(turn, len(texts) - 1)]
 
 
 ROOMY = Sampling(max_tokens=2000)
 
 
-def run(tokenizer, reply, sampling=ROOMY, judge=passes_unless_bad, **options):
+def solve_scripted(tokenizer, reply, sampling=ROOMY, judge=passes_unless_bad, **options):
+    """Solve PROBLEM with scripted replies. Returns (trajectory, engine, executor)."""
     engine, executor = ScriptedEngine(tokenizer, reply), ScriptedExecutor(judge)
     [trajectory] = solve(engine, executor, [PROBLEM], sampling, **options)
     return trajectory, engine, executor
 
 
-thought = st.text(alphabet="ab ü\n`", max_size=12)
+# ---- token ledger ---------------------------------------------------------------------------------------------------
+
+thoughts = st.text(alphabet="ab ü\n`", max_size=12)
 code = st.sampled_from(["print(1)", "bad", "x = 1\nprint('```')", "é", ""])
 closing = st.sampled_from(["", "\n", "\n\nmore"])
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(thought, code, closing), max_size=4), thought)
-def test_ledger_of_several_rounds(tokenizer, blocks, last):
+@given(st.lists(st.tuples(thoughts, code, closing), max_size=4), thoughts)
+def test_ledger_over_several_rounds(tokenizer, blocks, last):
     texts = [f"{think}\n```python\n{source}\n```{tail}" for think, source, tail in blocks] + [last]
-    trajectory, engine, executor = run(tokenizer, turns(*texts), Sampling(max_tokens=2000, max_rounds=9))
+    trajectory, engine, executor = solve_scripted(tokenizer, turns(*texts), Sampling(max_tokens=2000, max_rounds=9))
 
-    # the mask marks exactly what the engine reported, in its order and with its log-probs
+    # the masked tokens are exactly those that the engine reported, in order and with its log-probs
     reported = [(token, lp) for c in engine.completions for token, lp in zip(c.token_ids, c.logps, strict=True)]
     ledger = zip(trajectory.token_ids, trajectory.logp_sampler, trajectory.action_mask, strict=True)
     assert [(token, lp) for token, lp, sampled in ledger if sampled] == reported
@@ -53,56 +56,99 @@ def test_ledger_of_several_rounds(tokenizer, blocks, last):
         own = decode(tokenizer, trajectory.token_ids[step.think_start : step.observe_start])
         seen = decode(tokenizer, trajectory.token_ids[step.observe_start : step.end])
         assert seen == (observation_text(step.result.observation(), own) if step.result else "")
-        # the act begins with the token in which the fence opens
+        # the act starts with the token in which the fence opens
         if step.code is not None:
             act = decode(tokenizer, trajectory.token_ids[step.act_start : step.observe_start])
             assert act.startswith("```python")
     assert [s.code for s in trajectory.steps if s.code is not None] == executor.codes
-    # every request extends the one before
+    # each request extends the previous one
     for before, after in zip(engine.requests, engine.requests[1:], strict=False):
         assert after.token_ids[: len(before.token_ids)] == before.token_ids
-    # what is read back from json is the same
+    # a JSON round trip changes nothing
     copy = Trajectory.from_dict(json.loads(json.dumps(trajectory.to_dict())))
     assert copy == trajectory
 
 
+def test_views_of_a_ledger_of_two_turns_by_hand():
+    trajectory = Trajectory(PROBLEM, [7, 8])
+    trajectory.append_sampled([10, 11], [-0.5, -1.5])
+    trajectory.append_observation([20, 21, 22])
+    trajectory.append_sampled([12], [-2.5])
+    assert trajectory.all_token_ids == [7, 8, 10, 11, 20, 21, 22, 12]
+    assert trajectory.action_positions == [2, 3, 7]
+    assert trajectory.action_logps == [-0.5, -1.5, -2.5]
+    assert [trajectory.all_token_ids[i] for i in trajectory.action_positions] == [10, 11, 12]
+    assert trajectory.num_sampled == 3 and len(trajectory) == 6
+
+
+def test_ledger_check_rejects_inconsistent_entries():
+    trajectory = Trajectory(PROBLEM, [1])
+    with pytest.raises(AssertionError):
+        trajectory.append_sampled([1, 2], [0.0])
+    trajectory.append_sampled([1, 2], [-1.0, -1.0])
+    trajectory.append_observation([3])
+    trajectory.steps = [Step(0, 1, 3, 3)]  # includes the observation in the act
+    with pytest.raises(AssertionError):
+        trajectory.check()
+    trajectory.steps = [dataclasses.replace(trajectory.steps[0], observe_start=2, code="x", result=ExecResult("ok"))]
+    trajectory.check()
+
+
+# ---- trajectories ---------------------------------------------------------------------------------------------------
+
+
 def test_eos_is_appended_only_when_sampled(tokenizer):
-    stopped, _, _ = run(tokenizer, turns("done"))
+    stopped, _, _ = solve_scripted(tokenizer, turns("done"))
     assert stopped.finish == "stop" and stopped.token_ids[-1] == tokenizer.eos_token_id and stopped.action_mask[-1]
-    cut, _, _ = run(tokenizer, turns("too long for this"), Sampling(max_tokens=4))
+    cut, _, _ = solve_scripted(tokenizer, turns("too long for this"), Sampling(max_tokens=4))
     assert cut.finish == "length" and tokenizer.eos_token_id not in cut.token_ids and len(cut) == 4
 
 
-def test_block_that_the_limit_cuts_is_not_run(tokenizer):
+def test_block_cut_by_the_token_limit_is_not_run(tokenizer):
     text = "a\n```python\nprint(1)\n```"
-    whole, _, executor = run(tokenizer, turns(text), Sampling(max_tokens=len(text)))
+    whole, _, executor = solve_scripted(tokenizer, turns(text), Sampling(max_tokens=len(text)))
     assert executor.codes == ["print(1)\n"] and whole.finish == "length"
-    cut, _, executor = run(tokenizer, turns(text), Sampling(max_tokens=len(text) - 1))
+    cut, _, executor = solve_scripted(tokenizer, turns(text), Sampling(max_tokens=len(text) - 1))
     assert executor.codes == [] and cut.finish == "length" and cut.steps[-1].code is None
 
 
-def test_tool_budget(tokenizer):
-    trajectory, _, executor = run(tokenizer, turns("```python\nprint(1)\n```"), Sampling(max_tokens=900, max_rounds=2))
+def test_rounds_are_limited(tokenizer):
+    trajectory, _, executor = solve_scripted(
+        tokenizer, turns("```python\nprint(1)\n```"), Sampling(max_tokens=900, max_rounds=2)
+    )
     assert trajectory.finish == "rounds" and len(executor.codes) == 2 and len(trajectory.steps) == 3
 
 
-def test_stop_on_failure(tokenizer):
-    trajectory, _, _ = run(tokenizer, turns("```python\nbad\n```", "x"), stop_on_failure=True)
+def test_stop_on_failure_ends_the_trajectory_at_the_failed_block(tokenizer):
+    trajectory, _, _ = solve_scripted(tokenizer, turns("```python\nbad\n```", "x"), stop_on_failure=True)
     assert trajectory.finish == "failed_code" and len(trajectory.steps) == 1 and trajectory.steps[0].failed
 
 
-def test_observation_is_cut_in_the_middle():
+def test_context_length_of_the_model_ends_a_trajectory(tokenizer):
+    prompt = len(render_prompt(tokenizer, PROBLEM.question))
+    for context, sampled in ((prompt + 5, 5), (prompt, 0), (3, 0)):
+        engine = ScriptedEngine(tokenizer, turns("a long answer"), context=context)
+        [trajectory] = solve(engine, ScriptedExecutor(passes_unless_bad), [PROBLEM], ROOMY)
+        assert trajectory.finish == "length" and trajectory.num_sampled == sampled
+
+
+def test_observation_fence_starts_a_line():
+    assert observation_text("1", "x\n```") == "\n```output\n1\n```\n"
+    assert observation_text("1", "x\n```\n") == "```output\n1\n```\n"
+
+
+def test_long_observation_is_truncated_in_the_middle():
     assert ExecResult("ok", "a" * 200 + "b" * 200).observation(256) == "a" * 128 + "..." + "b" * 128
     assert ExecResult("ok", "x" * 256 + "\n").observation(256) == "x" * 256
     assert ExecResult("no_output", "", "no output: use print()").observation() == "no output: use print()"
 
 
 @pytest.mark.parametrize(("suffix", "kept"), [(4, "abcdef"), (100, ""), (0, "abcdefghij")])
-def test_self_correction_cuts_back_to_r_pre(tokenizer, suffix, kept):
+def test_self_correction_backtracks_to_r_pre(tokenizer, suffix, kept):
     good = "klm\n```python\nprint(1)\n```"
     first = "abcdefghij\n```python\nbad\n```"
     suffix += bool(suffix)  # the newline before the fence is the thought's last token
-    trajectory, _, executor = run(tokenizer, turns(first, good, "end"), self_correct=2, suffix_tokens=suffix)
+    trajectory, _, executor = solve_scripted(tokenizer, turns(first, good, "end"), self_correct=2, suffix_tokens=suffix)
     assert executor.codes == ["bad\n", "print(1)\n"]
     kept += "\n" if suffix == 0 else ""
     assert trajectory.text(tokenizer, policy_only=True).startswith(kept + "klm")
@@ -111,41 +157,49 @@ def test_self_correction_cuts_back_to_r_pre(tokenizer, suffix, kept):
     assert trajectory.steps[0].think_start == 0 and trajectory.steps[0].act_start == len(kept) + len("klm\n")
 
 
-def test_self_correction_gives_up_and_goes_on(tokenizer):
-    trajectory, _, executor = run(tokenizer, lambda r, t: "```python\nbad\n```" if t < 4 else "end", self_correct=3)
+def test_trajectory_continues_when_self_corrections_are_used_up(tokenizer):
+    trajectory, _, executor = solve_scripted(
+        tokenizer, lambda r, t: "```python\nbad\n```" if t < 4 else "end", self_correct=3
+    )
     assert len(executor.codes) == 4 and trajectory.corrections == 3
     assert [s.failed for s in trajectory.steps] == [True, False] and trajectory.finish == "stop"
 
 
-def test_fence_after_a_cut_in_mid_line_is_no_fence(tokenizer):
+def test_fence_within_a_line_after_backtracking_opens_no_block(tokenizer):
     replies = turns("abc\n```python\nbad\n```", "```python\nprint(1)\n```\nno block", "end")
-    trajectory, _, executor = run(tokenizer, replies, self_correct=1, suffix_tokens=2)
+    trajectory, _, executor = solve_scripted(tokenizer, replies, self_correct=1, suffix_tokens=2)
     assert trajectory.text(tokenizer).startswith("ab```python") and executor.codes == ["bad\n"]
 
 
-def test_infra_is_retried_and_then_said(tokenizer):
-    trajectory, _, executor = run(tokenizer, turns("```python\n1\n```"), judge=lambda code: ExecResult("infra"))
+def test_infra_is_retried_and_then_reported(tokenizer):
+    trajectory, _, executor = solve_scripted(
+        tokenizer, turns("```python\n1\n```"), judge=lambda code: ExecResult("infra")
+    )
     assert trajectory.finish == "infra" and len(executor.codes) == INFRA_TRIES
     results = iter([ExecResult("infra"), ExecResult("ok", "1")])
-    trajectory, _, _ = run(tokenizer, turns("```python\n1\n```", "end"), judge=lambda code: next(results))
+    trajectory, _, _ = solve_scripted(tokenizer, turns("```python\n1\n```", "end"), judge=lambda code: next(results))
     assert trajectory.finish == "stop" and trajectory.steps[0].result.passed
 
 
+# ---- step regeneration ----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("suffix", "cut"), [(2, 8), (5, 5), (6, 5), (100, 5)])
-def test_split_think(suffix, cut):
+def test_split_think_keeps_the_suffix_within_the_thought(suffix, cut):
     assert split_think(Step(think_start=5, act_start=10, observe_start=14, end=20), suffix) == cut
 
 
-def test_split_of_a_block_at_the_very_start():
+def test_split_think_without_a_thought():
     assert split_think(Step(0, 0, 5, 9), 100) == 0
 
 
-def two_failures(tokenizer):
+def two_failures(tokenizer) -> Trajectory:
+    """A trajectory whose first two steps failed."""
     replies = turns("one\n```python\nbad1\n```", "second thought\n```python\nbad2\n```", "end")
-    return run(tokenizer, replies)[0]
+    return solve_scripted(tokenizer, replies)[0]
 
 
-def test_regenerate_each_of_two_failed_steps(tokenizer):
+def test_regenerates_either_of_two_failed_steps(tokenizer):
     trajectory = two_failures(tokenizer)
     failed = [step for step in trajectory.steps if step.failed]
     assert len(failed) == 2
@@ -160,7 +214,7 @@ def test_regenerate_each_of_two_failed_steps(tokenizer):
         assert sample.reward == 1.0 and sample.steps[0].act_start == 2
 
 
-def test_regeneration_without_block_or_with_infra_is_dropped(tokenizer):
+def test_regeneration_without_a_block_or_with_infra_is_none(tokenizer):
     trajectory = two_failures(tokenizer)
     step = trajectory.steps[0]
     engine = ScriptedEngine(tokenizer, turns("no block"))
@@ -173,7 +227,7 @@ def test_regeneration_without_block_or_with_infra_is_dropped(tokenizer):
     assert drive([regenerate_step(engine, trajectory, step, "s", sampling, 9)], engine, infra) == [None]
 
 
-def test_regenerated_failure_has_reward_zero(tokenizer):
+def test_regenerated_step_that_fails_has_reward_0(tokenizer):
     trajectory = two_failures(tokenizer)
     engine = ScriptedEngine(tokenizer, turns("```python\nbad\n```"))
     task = regenerate_step(engine, trajectory, trajectory.steps[0], "s", Sampling(max_tokens=900), 9)
@@ -181,52 +235,32 @@ def test_regenerated_failure_has_reward_zero(tokenizer):
     assert sample.reward == 0.0
 
 
-def test_ledger_refuses_what_does_not_fit():
-    trajectory = Trajectory(PROBLEM, [1])
-    with pytest.raises(AssertionError):
-        trajectory.append_sampled([1, 2], [0.0])
-    trajectory.append_sampled([1, 2], [-1.0, -1.0])
-    trajectory.append_observation([3])
-    trajectory.steps = [Step(0, 1, 3, 3)]  # claims that the observation was sampled
-    with pytest.raises(AssertionError):
-        trajectory.check()
-    trajectory.steps = [dataclasses.replace(trajectory.steps[0], observe_start=2, code="x", result=ExecResult("ok"))]
-    trajectory.check()
+# ---- event loop -----------------------------------------------------------------------------------------------------
 
 
-def test_seeds_differ_and_repeat():
-    assert derive_seed(1, 2, "a") == derive_seed(1, 2, "a")
-    assert len({derive_seed(s, i, n) for s in range(5) for i in range(5) for n in "ab"}) == 50
-
-
-def test_observation_text_opens_on_a_line_of_its_own():
-    assert observation_text("1", "x\n```") == "\n```output\n1\n```\n"
-    assert observation_text("1", "x\n```\n") == "```output\n1\n```\n"
-
-
-def test_decoding_never_waits_for_a_tool(tokenizer):
-    """The first snippet answers only when all other trajectories are done; a loop that waited would hang here."""
-    hanging: list = []
+def test_decoding_does_not_wait_for_tools(tokenizer):
+    """The first snippet returns only after all other trajectories have ended. A loop that waited for it would hang."""
+    pending: list[Future] = []
     finished: list[int] = []
 
     class SlowFirst(ScriptedExecutor):
         def submit(self, code):
-            if hanging:
+            if pending:
                 return super().submit(code)
-            hanging.append(Future())
-            return hanging[0]
+            pending.append(Future())
+            return pending[0]
 
     def done(i, trajectory):
         finished.append(i)
         if len(finished) == 5:
-            hanging[0].set_result(ExecResult("ok", "late"))
+            pending[0].set_result(ExecResult("ok", "late"))
 
     engine = ScriptedEngine(tokenizer, turns("```python\nprint(1)\n```", "end"))
     solve(engine, SlowFirst(passes_unless_bad), [PROBLEM] * 6, Sampling(max_tokens=2000), done=done)
     assert sorted(finished[:5]) == [1, 2, 3, 4, 5] and finished[5] == 0
 
 
-def test_tasks_in_flight_are_bounded_and_all_run(tokenizer):
+def test_in_flight_limits_tasks_and_all_run(tokenizer):
     engine = ScriptedEngine(tokenizer, turns("x"))
     most = 0
 
@@ -240,8 +274,8 @@ def test_tasks_in_flight_are_bounded_and_all_run(tokenizer):
     assert most <= 3
 
 
-def test_a_drive_that_breaks_off_leaves_nothing_to_the_next(tokenizer):
-    """Both drives name their requests alike; each turn says which prompt it answers."""
+def test_interrupted_drive_leaves_no_requests_behind(tokenizer):
+    """Both drives use the same request names. Each reply is the prompt, so a stale completion would show."""
     engine = ScriptedEngine(tokenizer, lambda request, turn: str(request.token_ids))
     other = ScriptedEngine(tokenizer, engine.reply)
 
@@ -251,25 +285,25 @@ def test_a_drive_that_breaks_off_leaves_nothing_to_the_next(tokenizer):
             return decode(tokenizer, first.token_ids[:-1])
         return decode(tokenizer, (yield Request(name, prompt, 20)).token_ids[:-1])
 
-    def broken(i, value):
+    def interrupt(i, value):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        drive([task(name, [1]) for name in "abc"], engine, ScriptedExecutor(None), done=broken)
+        drive([task(name, [1]) for name in "abc"], engine, ScriptedExecutor(None), done=interrupt)
     assert not engine.has_work() and not other.has_work()
     values = drive([task(name, [2]) for name in "abc"], engine, ScriptedExecutor(None))
     assert values == ["[2]"] * 3
 
 
-def test_the_models_context_ends_a_trajectory(tokenizer):
-    prompt = len(render_prompt(tokenizer, PROBLEM.question))
-    for context, sampled in ((prompt + 5, 5), (prompt, 0), (3, 0)):
-        engine = ScriptedEngine(tokenizer, turns("a long answer"), context=context)
-        [trajectory] = solve(engine, ScriptedExecutor(passes_unless_bad), [PROBLEM], ROOMY)
-        assert trajectory.finish == "length" and trajectory.num_sampled == sampled
+# ---- seeds ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_problem_is_seeded_by_its_name_not_by_its_neighbours(tokenizer):
+def test_derived_seeds_are_distinct_and_repeatable():
+    assert derive_seed(1, 2, "a") == derive_seed(1, 2, "a")
+    assert len({derive_seed(s, i, n) for s in range(5) for i in range(5) for n in "ab"}) == 50
+
+
+def test_seeds_of_a_problem_do_not_depend_on_the_other_problems(tokenizer):
     others = [Problem(str(i), "What?", "") for i in range(3)]
     seeds = []
     for problems in ([*others, PROBLEM, PROBLEM], [PROBLEM, others[0], PROBLEM]):
