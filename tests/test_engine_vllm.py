@@ -307,8 +307,8 @@ def test_canary_detects_an_incomplete_update(training, monkeypatch):
             engine.update_weights((n, p) for n, p in model.named_parameters() if n != missing)
         engine.update_weights(model.named_parameters())  # a complete update succeeds
         add_noise(model, 4)
-    if model.config.tie_word_embeddings:  # without it, the tied head keeps its packed copy
-        monkeypatch.setattr(vllm, "_repack_heads", lambda _: None)
+    if model.config.tie_word_embeddings:
+        monkeypatch.setattr(vllm, "_repack_heads", lambda _: None)  # the tied head keeps its outdated packed copy
         with pytest.raises(RuntimeError, match=r"differ from the trainer's by \S+ per token"):
             engine.update_weights(model.named_parameters())
         monkeypatch.undo()

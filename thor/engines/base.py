@@ -105,7 +105,7 @@ class PartialCompletion:
 
 
 class Engine(Protocol):
-    """Samples completions for requests. The rollout loop calls `step` as long as `has_work` is true."""
+    """Samples completions for requests. The rollout loop calls `step` while `has_work` is true."""
 
     tokenizer: object
     context: int  # context length of the model: a request must be shorter

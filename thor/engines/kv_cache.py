@@ -86,9 +86,9 @@ class Store:
         for mine, theirs in zip((*self.keys, *self.values), (*source.keys, *source.values), strict=True):
             mine[slot, :, start : start + count] = theirs[source_slot, :, :count]
 
-    def compact(self, wanted: Callable[[Any], bool]) -> None:
-        """Move the wanted items to the first slots, so that attention can read them as one contiguous view."""
-        in_front = [bool(item and wanted(item)) for item in self.items]
+    def compact(self, select: Callable[[Any], bool]) -> None:
+        """Move the selected items to the first slots, so that attention can read them as one contiguous view."""
+        in_front = [bool(item and select(item)) for item in self.items]
         i, j = 0, len(self.items) - 1
         while True:
             while i < j and in_front[i]:
