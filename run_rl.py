@@ -62,13 +62,12 @@ class Settings(TrainSettings):
     limit: int = setting(512, "number of problems, the first ones of a file", "data", min=1)
     model: str = setting("runs/sft/final", "name of the demo model, folder or hub id", "model")
     sampler: Literal["hf", "vllm"] = setting("hf", "engine; 'hf' shares the trainer's weights", "model")
-    prompts: int = setting(4, "P, problems per iteration (paper: 128)", "sampling", min=1)
-    group: int = setting(8, "G, trajectories per problem and samples per step (paper: 16)", "sampling", min=1)
+    prompts: int = setting(4, "P, problems and at most failed steps per iteration (paper: 128)", "sampling", min=1)
+    group: int = setting(8, "G, trajectories per problem and samples per failed step (paper: 16)", "sampling", min=1)
     max_draws: int = setting(2, "largest number of draws of problems per iteration", "sampling", min=1)
     max_tokens: int = setting(144, "longest response in tokens (paper: 3,200)", "sampling", min=1)
     max_rounds: int = setting(2, "tool calls per trajectory (paper: 5)", "sampling", min=0)
     temperature: float = setting(1.0, "of sampler and trainer (paper: 1.0)", "sampling")
-    step_prompts: int = setting(0, "largest number of failed steps per iteration; 0: as --prompts", "sampling", min=0)
     suffix_tokens: int = setting(100, "L_suffix, thought tokens to regenerate (paper: 100)", "sampling", min=0)
     timeout: float = setting(5.0, "seconds a snippet may run", "sampling")
     estimator: Literal["grpo", "ppo"] = setting("grpo", "advantages from groups or from a value head", "objective")
@@ -343,7 +342,7 @@ def sample_steps(engine, executor, trajectories: list[Trajectory], iteration: in
     """Step level: regenerate suffix and block of each failed step G times. Returns (samples, counts)."""
     failed = failed_steps(trajectories)
     random.Random(derive_seed(settings.seed, iteration, "steps")).shuffle(failed)
-    failed = failed[: settings.step_prompts or settings.prompts]
+    failed = failed[: settings.prompts]
     sampling = Sampling(settings.max_tokens, settings.temperature, seed=derive_seed(settings.seed, iteration, "step"))
     mine = list(range(rank(), len(failed), world_size()))
     tasks = [

@@ -24,6 +24,8 @@ from transformers import HfArgumentParser
 from thor.distributed import end_ranks, first_to_fail, gather, rank
 
 S = TypeVar("S")
+TOPICS = ("model", "data", "sampling", "objective", "optimisation", "memory", "run")  # groups of --help, in this order
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 class UserError(Exception):
@@ -61,13 +63,16 @@ def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positi
     positional: name of a setting that can also be given without its flag.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    hints, topics = typing.get_type_hints(cls), {}
+    hints, topics = typing.get_type_hints(cls), {topic: [] for topic in TOPICS}
     for field in dataclasses.fields(cls):
-        plain = dataclasses.field(default=field.default, metadata={"help": field.metadata["help"]})
-        topics.setdefault(field.metadata.get("topic", "settings"), []).append((field.name, hints[field.name], plain))
+        kind = hints[field.name]
+        shown = {"help": field.metadata["help"]} | ({"metavar": METAVARS[kind]} if kind in METAVARS else {})
+        plain = dataclasses.field(default=field.default, metadata=shown)
+        topics[field.metadata.get("topic", "run")].append((field.name, kind, plain))
     groups = [  # HfArgumentParser makes one group of flags per dataclass
         dataclasses.make_dataclass(topic, fields, namespace={"_argument_group_name": topic})
         for topic, fields in topics.items()
+        if fields
     ]
     formatter = type("Formatter", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
     usage = f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[--config FILE] [--NAME VALUE ...]"
