@@ -16,6 +16,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from thor.data import load_problems
 from thor.engines import Engine, load_engine
@@ -52,7 +53,7 @@ class Settings:
     observation_limit: int = setting(256, "characters of tool output that the model sees", "sampling")
     rows: int = setting(64, "requests that decode at once", "memory", min=1)
     timeout: float = setting(5.0, "maximum seconds per code block", "run")
-    device: str = setting("auto", "'cpu', 'cuda' or 'auto'", "run")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
     seed: int = setting(0, "random seed of sampling", "run")
     out: str = setting("runs/infer", "run folder to write (not for a single question)", "run")
     resume: bool = setting(False, "resume the run in --out", "run")

@@ -62,7 +62,7 @@ class Settings:
     keep_one_call: float = setting(1.0, "filter: share of one-call trajectories to keep (official run: 0.5)", "data")
     rows: int = setting(128, "cache rows of the engine; half as many trajectories run at once", "memory", min=2)
     timeout: float = setting(5.0, "maximum seconds per code block", "run")
-    device: str = setting("auto", "'cpu', 'cuda' or 'auto'", "run")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
     seed: int = setting(0, "random seed of problems, sampling and filter", "run")
     out: str = setting("runs/tirgen", "run folder to write", "run")
     resume: bool = setting(False, "resume the run in --out", "run")

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
@@ -42,7 +43,7 @@ class TrainSettings:
     """Settings that run_sft.py and run_rl.py share."""
 
     model: str = setting(DEMO_MODEL, "name of the demo model, folder or hub id", "model")
-    device: str = setting("auto", "'cpu', 'cuda', or 'auto' for a GPU if there is one", "model")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
     lr: float = setting(1e-5, "learning rate", "optimisation")
     weight_decay: float = setting(0.0, "weight decay of AdamW", "optimisation")
     clip: float = setting(1.0, "largest gradient norm", "optimisation")
