@@ -1,4 +1,4 @@
-"""The hierarchical objective against numbers worked out by hand."""
+"""Tests of the hierarchical objective: filters, advantages and losses by hand, and gradients against references."""
 
 import math
 import random
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_llama
 from hypothesis import given
-from hypothesis import settings as attempts
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import (
     LlamaConfig,
@@ -35,6 +35,7 @@ from run_rl import (
     policy_loss,
     ppo_advantages,
     reject_reason,
+    samples_of,
     split_evenly,
     value_loss,
 )
@@ -60,7 +61,7 @@ PROBLEM = Problem("p", "?", "4")
 
 
 def ledger(mask: str, prompt=(1, 2), first: int = 10, **changes) -> Trajectory:
-    """A trajectory whose tokens are first, first + 1, ...; mask '1' sampled, '0' observed."""
+    """A trajectory with tokens first, first + 1, ...; in `mask`, '1' is a sampled and '0' an observation token."""
     trajectory = Trajectory(PROBLEM, list(prompt), finish="stop", reward=1.0)
     for i, char in enumerate(mask):
         if char == "1":
@@ -91,11 +92,11 @@ def test_group_advantages_by_hand():
         ([1, 0], 5, "thin"),
     ],
 )
-def test_no_signal_reason(rewards, group, reason):
+def test_no_signal_reason_of_grpo(rewards, group, reason):
     assert no_signal_reason(rewards, group) == reason
 
 
-def test_reject_reason():
+def test_reject_reason_of_each_filter():
     settings = Settings(min_tokens=3, box_window=12)
     good = ledger("1111")
     assert reject_reason(good, r"so \boxed{4}", settings) == ""
@@ -109,7 +110,60 @@ def test_reject_reason():
     assert reject_reason(failed, r"\boxed{4}", replace(settings, drop_failed_code=False)) == ""
 
 
-def test_failed_steps_are_those_whose_code_failed():
+def rewarded(*rewards: float | str | None) -> list[Trajectory | None]:
+    """A trajectory for each reward; for a string, one with that `finish`; for None, no trajectory."""
+    return [
+        None if r is None else ledger("1", finish=r) if isinstance(r, str) else ledger("1", reward=r) for r in rewards
+    ]
+
+
+def reject(trajectory: Trajectory | None) -> str:
+    """The finish of a trajectory is the reason to drop it, unless it is 'stop'."""
+    return "no_block" if trajectory is None else trajectory.finish.replace("stop", "")
+
+
+def test_samples_of_the_trajectory_level_by_hand():
+    # groups 0 and 2 are kept, group 1 has equal rewards, group 3 is thin
+    groups = {
+        2: rewarded(0.0, 1.0, 0.0, 0.0),
+        0: rewarded("short", 1.0, "no_box", 0.0),
+        3: rewarded(1.0, "short", "short", "infra"),
+        1: rewarded(1.0, 1.0, "short", 1.0),
+    }
+    sampled = [trajectory for group in groups.values() for trajectory in group]
+    samples, in_order, counts = samples_of(list(groups), sampled, "trajectory", reject, Settings(group=4))
+    assert in_order == [groups[g] for g in range(4)]
+    expected = [(groups[0][1], 1.0), (groups[0][3], -1.0)]
+    expected += list(zip(groups[2], [-(3**-0.5), 3**0.5, -(3**-0.5), -(3**-0.5)], strict=True))
+    assert all(sample.trajectory is t for sample, (t, _) in zip(samples, expected, strict=True))
+    assert [sample.advantage for sample in samples] == pytest.approx([a for _, a in expected], abs=1e-5)
+    assert {sample.level for sample in samples} == {"trajectory"}
+    dropped = {"dropped_short": 4, "dropped_no_box": 1, "dropped_infra": 1}
+    assert dict(counts) == {"kept": 10, "groups_kept": 2, "groups_equal": 1, "groups_thin": 1, **dropped}
+
+
+def test_samples_of_the_step_level_by_hand():
+    groups = {1: rewarded(None, None, None, 1.0), 0: rewarded(None, 1.0, 0.0, 0.0), 2: rewarded(0.0, None, None, 0.0)}
+    sampled = [trajectory for group in groups.values() for trajectory in group]
+    samples, in_order, counts = samples_of(list(groups), sampled, "step", reject, Settings(group=4))
+    assert in_order == [groups[g] for g in range(3)]
+    assert all(sample.trajectory is t for sample, t in zip(samples, groups[0][1:], strict=True))
+    # three samples: mean 1/3, std 2**0.5 / 3
+    assert [sample.advantage for sample in samples] == pytest.approx([2**0.5, -(2**-0.5), -(2**-0.5)], abs=1e-5)
+    assert {sample.level for sample in samples} == {"step"}
+    assert dict(counts) == {"kept": 6, "dropped_no_block": 6, "groups_kept": 1, "groups_equal": 1, "groups_thin": 1}
+
+
+def test_samples_of_ppo_keeps_all_groups_with_a_sample():
+    groups = [rewarded(1.0, "short", "short", "short"), rewarded(0.0, 0.0, 0.0, 0.0), rewarded(*["short"] * 4)]
+    settings = Settings(group=4, estimator="ppo")
+    sampled = [trajectory for group in groups for trajectory in group]
+    samples, _, counts = samples_of([0, 1, 2], sampled, "trajectory", reject, settings)
+    assert len(samples) == counts["kept"] == 5
+    assert (counts["groups_kept"], counts["groups_equal"], counts["groups_thin"]) == (2, 0, 1)
+
+
+def test_failed_steps_excludes_passed_and_infra_steps():
     error, ok, infra = ExecResult("error"), ExecResult("ok", "1"), ExecResult("infra")
     steps = [Step(0, 1, 2, 3, "a", error), Step(3, 3, 4, 5, "b", ok), Step(5, 6, 7, 8, "c", error), Step(8, 9, 9, 9)]
     trajectory = ledger("1" * 9, steps=steps)
@@ -117,7 +171,7 @@ def test_failed_steps_are_those_whose_code_failed():
     assert failed_steps([replace(trajectory, steps=[Step(0, 1, 2, 9, "d", infra)])]) == []
 
 
-def test_problems_are_drawn_without_repetition_in_an_epoch():
+def test_each_epoch_draws_each_problem_once():
     problems = [Problem(str(i), "") for i in range(5)]
     drawn = [p.id for p in draw_problems(problems, 0, 12, seed=1)]
     assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list("01234") and drawn[:5] != drawn[5:10]
@@ -134,14 +188,14 @@ LOSSES = [-2.0, -2.56, 3.0, -1.0, 1.6, 6.0, -1.1, 0.9]
 CLIPPED = [False, True, False, False, True, True, False, False]
 
 
-def test_clipped_and_dual_clipped_loss_by_hand():
+def test_clip_and_dual_clip_by_hand():
     logp_old = torch.full((8,), -3.0)
     logp = (logp_old + torch.tensor(RATIOS).log()).requires_grad_()
     loss, info = policy_loss(logp, logp_old, torch.tensor(ADVANTAGES), 0.2, 0.28, 3.0)
     assert loss.tolist() == pytest.approx(LOSSES, abs=1e-5)
     assert info["clipped"].tolist() == CLIPPED and info["ratio"].tolist() == pytest.approx(RATIOS, abs=1e-5)
     loss.sum().backward()
-    # where nothing is clipped d l / d logp = -ratio A, elsewhere 0
+    # d l / d logp is -ratio A where nothing is clipped, else 0
     expected = [0.0 if c else -r * a for r, a, c in zip(RATIOS, ADVANTAGES, CLIPPED, strict=True)]
     assert logp.grad.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -150,11 +204,11 @@ def batch_of(logp, logp_sampler, advantage, is_step, counts: Counts, **more) -> 
     return Batch(counts, advantage, is_step, logp_sampler, logp_old=logp.clone(), **more)
 
 
-def test_both_levels_have_their_own_denominators_and_nll_by_hand():
+def test_denominators_of_both_levels_and_nll_by_hand():
     logp = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0])
     advantage = torch.tensor([1.0, -1.0, -1.0, 2.0, -2.0])
     is_step = torch.tensor([False, False, False, True, True])
-    counts = Counts(trajectory=6, step=4, positive=5)  # more tokens than these: the rest is in other micro-batches
+    counts = Counts(trajectory=6, step=4, positive=5)  # other micro-batches have the other tokens
     settings = Settings(step_coef=0.5, nll_coef=0.01)
     batch = batch_of(logp, logp.clone(), advantage, is_step, counts)
     loss, info = hierarchical_loss(batch, Scores(logp, torch.zeros(5)), settings)
@@ -164,7 +218,7 @@ def test_both_levels_have_their_own_denominators_and_nll_by_hand():
     assert info["mismatch_kl"] == 0.0 and info["clip_fraction"] == 0
 
 
-def test_importance_weight_is_truncated_and_unknown_is_one():
+def test_importance_weight_is_capped_and_1_if_unknown():
     logp = torch.tensor([-1.0, -1.0, -1.0])
     sampler = torch.tensor([-1.0 - math.log(4), -1.0 + math.log(2), float("nan")])  # weights 4 -> 2, 1/2, 1
     batch = batch_of(logp, sampler, -torch.ones(3), torch.zeros(3, dtype=torch.bool), Counts(3, 0, 0))
@@ -182,11 +236,11 @@ def test_kl_and_entropy_terms_by_hand():
     batch = batch_of(logp, logp.clone(), torch.zeros(2), is_step, counts, logp_ref=ref)
     scores = Scores(logp, torch.tensor([0.5, 1.5]))
     loss, _ = hierarchical_loss(batch, scores, Settings(kl_coef=0.1, entropy_coef=0.01))
-    # k3: ratio 2 gives 2 - 1 - log 2, ratio 1 gives 0; entropy is a bonus: its mean is 1
+    # k3: 2 - 1 - log 2 for ratio 2, and 0 for ratio 1; the mean entropy is 1 and lowers the loss
     assert loss.item() == pytest.approx(0.1 * (1 - math.log(2)) / 2 - 0.01 * 1.0, abs=1e-6)
 
 
-def test_collate_joins_action_tokens_and_leaves_out_what_a_sample_lacks():
+def test_collate_joins_action_tokens_and_omits_fields_that_a_sample_lacks():
     trajectory, step = ledger("101", logp_sampler=[-1.0, 0.0, -2.0]), ledger("01", logp_sampler=[0.0, -3.0])
     samples = [Sample(trajectory, 0.5, logp_old=torch.tensor([-1.5, -2.5])), Sample(step, torch.tensor([2.0]), "step")]
     batch = collate(samples, Counts.of(samples))
@@ -198,12 +252,14 @@ def test_collate_joins_action_tokens_and_leaves_out_what_a_sample_lacks():
 
 
 def test_gae_of_a_trajectory_with_two_tool_calls_by_hand():
-    sample = Sample(ledger("11001101"), 0.0, "trajectory")  # five action tokens, observations before the 3rd and 5th
+    sample = Sample(
+        ledger("11001101"), 0.0, "trajectory"
+    )  # observations before the 3rd and the 5th of five action tokens
     sample.value_old = torch.tensor([0.5, 0.4, 0.6, 0.2, 0.8])
     ppo_advantages([sample], Settings(estimator="ppo", gamma=0.9, gae_lambda=0.5))
-    # the value after the 2nd token is that of the 3rd, behind the tool's output
+    # the next value of the 2nd token is that of the 3rd, after the tool output
     # delta: 0.9*0.4 - 0.5 = -0.14, 0.9*0.6 - 0.4 = 0.14, 0.9*0.2 - 0.6 = -0.42, 0.9*0.8 - 0.2 = 0.52, 1 - 0.8 = 0.2
-    # A from behind, each delta + 0.45 A: 0.2, 0.61, -0.1455, 0.074525, -0.10646375
+    # A backwards, each delta + 0.45 A: 0.2, 0.61, -0.1455, 0.074525, -0.10646375
     expected = [-0.10646375, 0.074525, -0.1455, 0.61, 0.2]
     assert sample.advantage.tolist() == pytest.approx(expected, abs=1e-6)
     returns = [a + v for a, v in zip(expected, sample.value_old.tolist(), strict=True)]
@@ -211,7 +267,7 @@ def test_gae_of_a_trajectory_with_two_tool_calls_by_hand():
     assert Counts.of([sample]) == Counts(trajectory=5, step=0, positive=3)
 
 
-def test_gae_with_lambda_1_is_the_discounted_return_and_with_0_one_step():
+def test_gae_with_lambda_1_is_the_return_and_with_0_the_td_error():
     rewards, values = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.3, 0.7, 0.1])
     assert gae(rewards, values, 0.5, 1.0)[1].tolist() == pytest.approx([0.25, 0.5, 1.0])
     assert gae(rewards, values, 1.0, 0.0)[0].tolist() == pytest.approx([0.4, -0.6, 0.9])
@@ -231,11 +287,11 @@ def test_whitening_is_per_level():
 def test_value_loss_by_hand():
     value = torch.tensor([1.0, 0.6, 0.0, 1.5], requires_grad=True)
     old, returns = torch.tensor([0.5, 0.5, 1.0, 1.0]), torch.tensor([2.0, 0.0, 1.0, 1.4])
-    # clipped: 0.7 -> 1.3^2; 0.6 -> 0.6^2; 0.8, but 1^2 is more than 0.2^2; 1.2 -> 0.2^2 is more than 0.1^2
+    # clipped values 0.7, 0.6, 0.8, 1.2; larger squared errors 1.3^2, 0.6^2, 1^2 (not 0.2^2), 0.2^2 (not 0.1^2)
     loss = value_loss(value, old, returns, 0.2)
     assert loss.tolist() == pytest.approx([1.69 / 2, 0.36 / 2, 1 / 2, 0.04 / 2], abs=1e-6)
     loss.sum().backward()
-    assert value.grad.tolist() == pytest.approx([0.0, 0.6, -1.0, 0.0], abs=1e-6)  # no gradient where the clip rules
+    assert value.grad.tolist() == pytest.approx([0.0, 0.6, -1.0, 0.0], abs=1e-6)  # none where the clipped value is used
 
 
 def test_ppo_keeps_groups_of_equal_rewards():
@@ -246,18 +302,19 @@ def test_ppo_keeps_groups_of_equal_rewards():
 
 
 def samples() -> list[Sample]:
+    """Samples of both levels that share prefixes; one has no action tokens."""
     return [
         Sample(ledger("110011"), 1.5, "trajectory"),
         Sample(ledger("1101", first=10), -0.5, "trajectory"),
         Sample(ledger("11111111", first=30), -1.0, "trajectory"),
         Sample(ledger("111", prompt=(1, 2, 10, 11), first=50), 1.0, "step"),
         Sample(ledger("11", prompt=(1, 2, 10, 11), first=60), -1.0, "step"),
-        Sample(ledger("0000", first=70), 1.0, "trajectory"),  # an all-masked row
+        Sample(ledger("0000", first=70), 1.0, "trajectory"),  # no action tokens
     ]
 
 
 class Gradient(torch.optim.SGD):
-    """Keeps the gradient of its step as one vector, instead of applying it."""
+    """Keeps the gradient as one vector and leaves the weights as they are."""
 
     def step(self):
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -265,7 +322,7 @@ class Gradient(torch.optim.SGD):
 
 
 def trainer_of(model, settings: TrainSettings, folder: str = "never written") -> Trainer:
-    """A trainer whose optimizer keeps the gradient. It writes to `folder` only when a step is skipped."""
+    """A trainer whose optimizer only keeps the gradient. It writes to `folder` only if a step is skipped."""
     prepare(model)
     temperature = getattr(settings, "temperature", 1.0)
     trainer = Trainer(model, Run(folder, settings, resume=True), replace(settings, clip=1e9), temperature)
@@ -277,6 +334,7 @@ def gradient(model, batch: list[Sample], settings: Settings) -> tuple[torch.Tens
     """(gradient of all parameters, metrics) of one optimizer step."""
     trainer = trainer_of(model, settings)
     metrics = trainer.step(batch, partial(hierarchical_loss, settings=settings))
+    assert metrics["skipped"] == 0
     return trainer.optimizer.vector, per_token(metrics)
 
 
@@ -284,8 +342,8 @@ def gradient(model, batch: list[Sample], settings: Settings) -> tuple[torch.Tens
     ("count", "updates", "sizes"),
     [(10, 4, [3, 3, 2, 2]), (9, 4, [3, 2, 2, 2]), (8, 4, [2, 2, 2, 2]), (2, 4, [1, 1]), (5, 1, [5]), (0, 3, [])],
 )
-def test_an_iteration_is_split_evenly_into_its_updates(count, updates, sizes):
-    """Cut into pieces of ceil(9 / 4) = 3 there would be three updates in place of four."""
+def test_samples_are_split_evenly_into_updates(count, updates, sizes):
+    """Chunks of ceil(9 / 4) = 3 samples would give three updates instead of four."""
     batches = split_evenly([f"sample {i}" for i in range(count)], updates)
     assert [len(batch) for batch in batches] == sizes
     assert sorted(e for batch in batches for e in batch) == sorted(f"sample {i}" for i in range(count))
@@ -295,10 +353,10 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> N
     assert (a - b).norm() <= tolerance * a.norm(), f"{(a - b).norm() / a.norm():.1e}"
 
 
-@attempts(max_examples=25)
+@hypothesis_settings(max_examples=25)
 @given(data=st.data())
 def test_gradient_does_not_depend_on_micro_batches_order_or_tree(tokenizer, data):
-    """Random ledgers over a few token ids, so that they share prefixes of every length; both estimators."""
+    """The random ledgers have few distinct token ids, so that they share prefixes of every length."""
     ids = st.lists(st.integers(1, 3), min_size=1, max_size=12)
     batch = []
     for level in data.draw(st.lists(st.sampled_from(["trajectory", "step"]), min_size=1, max_size=6)):
@@ -310,7 +368,7 @@ def test_gradient_does_not_depend_on_micro_batches_order_or_tree(tokenizer, data
             )
         batch.append(Sample(trajectory, data.draw(st.sampled_from([-1.5, 0.5, 2.0])), level))
     if not any(e.trajectory.num_sampled for e in batch):
-        return  # no gradient to compare; see test_all_masked_batch_changes_nothing
+        return  # no gradient to compare; see test_batch_without_action_tokens_has_zero_gradient
     chosen = Settings(estimator=data.draw(st.sampled_from(["grpo", "ppo"])), step_coef=0.7, temperature=0.7)
     model = tiny_llama(tokenizer)
     if chosen.estimator == "ppo":
@@ -324,8 +382,8 @@ def test_gradient_does_not_depend_on_micro_batches_order_or_tree(tokenizer, data
     assert cut_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
 
 
-def test_gradient_equals_a_plain_padded_reference(tokenizer):
-    """The same objective written row by row, with full logits and Python loops."""
+def test_gradient_equals_a_reference_in_plain_loops(tokenizer):
+    """The reference computes the objective row by row and token by token, from full logits."""
     model, settings, batch = tiny_llama(tokenizer), Settings(), samples()
     level_tokens = {"trajectory": 4 + 3 + 8, "step": 5}
     positive = 4 + 3
@@ -356,7 +414,7 @@ CONFIGS["qwen3"] = (Qwen3Config, Qwen3ForCausalLM)
 
 @pytest.mark.parametrize("observations", [False, True])
 @pytest.mark.parametrize("layout", CONFIGS)
-def test_tree_equals_plain_equals_transformers_row_by_row(layout, observations):
+def test_gradients_with_and_without_tree_equal_transformers(layout, observations):
     torch.manual_seed(1)
     config, build = CONFIGS[layout]
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
@@ -391,37 +449,37 @@ def test_tree_equals_plain_equals_transformers_row_by_row(layout, observations):
         assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
 
 
-def test_only_the_states_that_predict_action_tokens_have_logits(tokenizer):
-    """No logit of a prompt, observation or prefix position exists, so that none can have a gradient."""
+def test_logits_are_computed_only_for_action_tokens(tokenizer):
+    """Prompt, observation and shared prefix positions have no logits, and so no gradient through them."""
     model, batch = tiny_llama(tokenizer), samples()
     expected = []
     for sample in batch:
         hidden = model.model(torch.tensor([sample.trajectory.all_token_ids])).last_hidden_state[0]
         expected += [hidden[p - 1] for p in sample.trajectory.action_positions]
-    prepare(model)  # with a probe that has logits
+    prepare(model)  # before the hook: it runs a test batch, which computes logits
     rows = []
     model.lm_head.register_forward_hook(lambda module, inputs, logits: rows.append(inputs[0].detach()))
     gradient(model, batch, Settings(max_tokens_per_micro_batch=10_000))
-    [projected] = rows  # once, the backward pass still has these logits
+    [projected] = rows  # computed once: the backward pass keeps these logits
     assert len(projected) == len(expected)
-    distance = torch.cdist(projected, torch.stack(expected))  # in another order
+    distance = torch.cdist(projected, torch.stack(expected))  # the order differs
     assert distance.amin(0).max() < 1e-4 and distance.amin(1).max() < 1e-4
 
 
 @pytest.mark.parametrize("tree", [True, False])
-def test_only_action_tokens_are_paired_with_the_states_before_them(tokenizer, monkeypatch, tree):
-    """No prompt, observation, prefix or pad position predicts anything, and none is a target."""
+def test_exactly_the_action_tokens_are_targets(tokenizer, monkeypatch, tree):
+    """Each is predicted from the position before it. No prompt, observation or prefix token is a target."""
     found, score = Counter(), scoring.score_pairs
 
     def watched(model, layout, pairs, *args):
         for place, target in pairs.tolist():
-            [index] = [index for index in layout.index if place in index][:1]  # any of those that share the place
+            [index] = [index for index in layout.index if place in index][:1]  # any sequence that contains this place
             found[(*(layout.token_ids[i] for i in index[: index.index(place) + 1]), target)] += 1
         return score(model, layout, pairs, *args)
 
     monkeypatch.setattr(scoring, "score_pairs", watched)
     gradient(tiny_llama(tokenizer), samples(), Settings(max_tokens_per_micro_batch=25, tree=tree))
-    expected = Counter()  # the text up to each action token and with it, read off the ledgers
+    expected = Counter()  # tokens up to and including each action token, from the ledgers
     for trajectory in (e.trajectory for e in samples()):
         for i, sampled in enumerate(trajectory.action_mask):
             expected[(*trajectory.prompt_ids, *trajectory.token_ids[: i + 1])] += sampled
@@ -429,8 +487,8 @@ def test_only_action_tokens_are_paired_with_the_states_before_them(tokenizer, mo
 
 
 @pytest.mark.parametrize("tree", [True, False])
-def test_labels_of_all_but_action_tokens_may_be_anything(tokenizer, monkeypatch, tree):
-    """The model reads the true ids; what targets are taken from holds random ones wherever action_mask is 0."""
+def test_labels_of_tokens_that_are_not_actions_have_no_effect(tokenizer, monkeypatch, tree):
+    """The model reads the true ids. The ids that targets are taken from are random wherever action_mask is 0."""
     settings, rng, true = Settings(max_tokens_per_micro_batch=25, tree=tree), random.Random(0), {}
     whole, metrics = gradient(tiny_llama(tokenizer), samples(), settings)
     batch = samples()
@@ -450,17 +508,17 @@ def test_labels_of_all_but_action_tokens_may_be_anything(tokenizer, monkeypatch,
     assert same == pytest.approx(metrics, rel=1e-4, abs=1e-5)
 
 
-def test_what_is_saved_for_the_backward_pass_is_less_than_the_logits_of_two_chunks(tokenizer):
+def test_backward_keeps_less_than_two_chunks_of_logits(tokenizer):
     vocabulary, tokens, chunk = 5000, 1500, 50
     model, saved = tiny_llama(tokenizer, vocab_size=vocabulary), {}
     prepare(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def save(x: torch.Tensor) -> torch.Tensor:
-        saved[x.untyped_storage().data_ptr()] = x  # kept, so that no other tensor gets its place
+        saved[x.untyped_storage().data_ptr()] = x  # a reference, so that its memory is not reused
         return x
 
-    model.model.register_forward_hook(lambda *_: saved.clear())  # what the layers keep is another matter
+    model.model.register_forward_hook(lambda *_: saved.clear())  # do not count what the layers keep
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         ids = [i % 300 for i in range(tokens)]
         scores = score_tokens(model, [ids], [list(range(1, tokens))], 1.0, chunk=chunk)
@@ -478,16 +536,16 @@ def test_log_probs_and_entropies_have_the_gradients_of_log_softmax(temperature, 
     logps = torch.log_softmax(logits.float() / temperature, -1)
     expected = logps.gather(1, targets[:, None]).squeeze(1), -(logps.exp() * logps).sum(-1)
     for weights in ((a, b), (a, 0 * b), (0 * a, b)):
-        wanted = sum((x * w).sum() for x, w in zip(expected, weights, strict=True))
-        [reference] = torch.autograd.grad(wanted, logits, retain_graph=True)
+        total = sum((x * w).sum() for x, w in zip(expected, weights, strict=True))
+        [reference] = torch.autograd.grad(total, logits, retain_graph=True)
         copy = logits.detach().clone().requires_grad_()
-        scores = LogProb.apply(copy * 1, targets, temperature)  # a product of its own, which it may overwrite
+        scores = LogProb.apply(copy * 1, targets, temperature)  # a new tensor, which LogProb may overwrite
         sum((x * w).sum() for x, w in zip(scores, weights, strict=True) if w.any()).backward()
         assert_close(torch.cat(scores), torch.cat(expected))
         assert_close(copy.grad.float(), reference.float(), 1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def test_the_entropy_bonus_has_a_gradient(tokenizer):
+def test_entropy_bonus_changes_the_gradient(tokenizer):
     model, batch = tiny_llama(tokenizer), samples()
     plain, _ = gradient(model, batch, Settings(nll_coef=0.0))
     bonus, _ = gradient(model, batch, Settings(nll_coef=0.0, entropy_coef=0.1))
@@ -499,7 +557,7 @@ def test_the_entropy_bonus_has_a_gradient(tokenizer):
     sequences=st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=9), min_size=1, max_size=9),
     budget=st.integers(1, 30),
 )
-def test_a_tree_over_the_budget_is_split_into_sub_trees(tree, sequences, budget):
+def test_micro_batches_contain_all_sequences_and_keep_the_budget(tree, sequences, budget):
     batches = list(micro_batches(sequences, budget, tree))
     assert sorted(b for batch in batches for b in batch) == list(range(len(sequences)))
     for batch in batches:
@@ -508,7 +566,7 @@ def test_a_tree_over_the_budget_is_split_into_sub_trees(tree, sequences, budget)
         assert tokens <= budget or len(batch) == 1
 
 
-def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(tokenizer):
+def test_gradient_checkpointing_recomputes_layers_with_equal_gradients(tokenizer):
     model, calls = tiny_llama(tokenizer), []
     whole, _ = gradient(model, samples(), Settings(max_tokens_per_micro_batch=10_000))
     checkpoint_gradients(model)
@@ -519,15 +577,15 @@ def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(tokeni
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_on_the_first_pass_ratio_is_1_and_sampler_and_trainer_agree(tokenizer, executor, temperature):
+def test_on_policy_ratio_is_1_and_sampler_and_trainer_agree(tokenizer, executor, temperature):
     model = tiny_llama(tokenizer)
     engine = HFEngine(model, tokenizer)
     problems = [Problem(str(i), "why " * i) for i in range(4) for _ in range(3)]
     sampled = solve(engine, executor, problems, Sampling(max_tokens=60, temperature=temperature))
     batch = [Sample(t, (-1.0) ** i, ("trajectory", "step")[i % 2]) for i, t in enumerate(sampled)]
     settings = Settings(temperature=temperature, max_tokens_per_micro_batch=150)
-    other_cut = trainer_of(model, replace(settings, max_tokens_per_micro_batch=97))
-    add_old_scores(other_cut, batch, replace(settings, updates=2))
+    other_batches = trainer_of(model, replace(settings, max_tokens_per_micro_batch=97))
+    add_old_scores(other_batches, batch, replace(settings, updates=2))
     for sample in batch:
         assert sample.logp_old.tolist() == pytest.approx(sample.trajectory.action_logps, abs=1e-4)
     _, metrics = gradient(model, batch, settings)
@@ -535,8 +593,8 @@ def test_on_the_first_pass_ratio_is_1_and_sampler_and_trainer_agree(tokenizer, e
     assert abs(metrics["mismatch_kl"]) < 1e-4 and metrics["tokens_trajectory"] > 100
 
 
-def test_an_update_with_unknown_log_probs_of_the_sampler_by_hand(tokenizer):
-    """vLLM gives NaN now and then: such a token has weight 1 and is counted."""
+def test_update_with_unknown_sampler_log_probs_by_hand(tokenizer):
+    """vLLM occasionally reports NaN. Such a token has importance weight 1 and is counted."""
     model, trajectory = tiny_llama(tokenizer), ledger("11011")
     logps = torch.log_softmax(model(torch.tensor([[1, 2, *trajectory.token_ids]])).logits[0], -1)
     logp = [logps[1 + i, trajectory.token_ids[i]].item() for i in (0, 1, 3, 4)]
@@ -547,19 +605,19 @@ def test_an_update_with_unknown_log_probs_of_the_sampler_by_hand(tokenizer):
     expected = -1.5 * (1 + 2 + 0.5 + 1) / 4 - 0.01 * sum(logp) / 4  # ratio 1
     assert metrics["loss"] == pytest.approx(expected, abs=1e-5) and metrics["skipped"] == 0
     assert metrics["logp_unknown"] == 2 and torch.isfinite(vector).all() and vector.any()
-    # k3 of d = logp_sampler - logp_old: exp(d) - 1 - d, nothing for those unknown
+    # k3 of d = logp_sampler - logp_old: exp(d) - 1 - d, and 0 if unknown
     k3 = (math.exp(-math.log(4)) - 1 + math.log(4)) + (math.exp(math.log(2)) - 1 - math.log(2))
     assert metrics["mismatch_kl"] == pytest.approx(k3 / 4, abs=1e-4)
 
 
-def test_all_masked_batch_changes_nothing(tokenizer):
+def test_batch_without_action_tokens_has_zero_gradient(tokenizer):
     vector, metrics = gradient(tiny_llama(tokenizer), [Sample(ledger("000"), 1.0, "trajectory")], Settings())
     assert not vector.any() and metrics["skipped"] == 0.0
 
 
 @given(tokens=st.lists(st.integers(1, 200), min_size=3, max_size=3), data=st.data())
-@attempts(max_examples=10)
-def test_sft_gradient_does_not_depend_on_micro_batches_order_or_unlearned_tokens(tokenizer, tokens, data):
+@hypothesis_settings(max_examples=10)
+def test_sft_gradient_does_not_depend_on_micro_batches_order_or_masked_targets(tokenizer, tokens, data):
     model = tiny_llama(tokenizer)
     prepare(model)
     rows = [ledger(mask, first=first) for mask, first in (("11001", 10), ("111", 10), ("1011100", 20), ("0000", 60))]
@@ -567,17 +625,17 @@ def test_sft_gradient_does_not_depend_on_micro_batches_order_or_unlearned_tokens
     def sft_gradient(rows: list[Trajectory], max_tokens_per_micro_batch: int) -> torch.Tensor:
         settings = TrainSettings(max_tokens_per_micro_batch=max_tokens_per_micro_batch)
         trainer = trainer_of(model, settings)
-        trainer.step([Sample(row) for row in rows], sft_loss)
+        assert trainer.step([Sample(row) for row in rows], sft_loss)["skipped"] == 0
         return trainer.optimizer.vector
 
     whole = sft_gradient(rows, 10_000)
     assert_close(whole, sft_gradient(data.draw(st.permutations(rows)), data.draw(st.integers(1, 20))))
-    # tokens behind the last learned one are targets of masked positions only: any may stand there
+    # tokens after the last action token are masked as targets, and no action token attends to them
     other = [*rows[:2], replace(rows[2], token_ids=[*rows[2].token_ids[:5], *tokens[:2]]), rows[3]]
     assert_close(whole, sft_gradient(other, 10_000))
 
 
-def test_a_loss_that_is_not_finite_skips_the_step(tokenizer, tmp_path):
+def test_non_finite_loss_skips_the_step(tokenizer, tmp_path):
     model = tiny_llama(tokenizer)
     trainer = trainer_of(model, Settings(), str(tmp_path))
     trainer.optimizer = torch.optim.AdamW(model.parameters())
