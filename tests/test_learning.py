@@ -1,6 +1,7 @@
-"""A tiny random model learns: right answers from the trajectory level, code that runs from the step level.
+"""Tests that RL learns: right answers from the trajectory level, and code that runs from the step level.
 
-One token of its vocabulary is a whole block and one a whole answer, so that a few seconds of training are enough.
+The model is tiny and random. Whole code blocks and whole answers are single tokens of its vocabulary, so a few seconds
+of training are enough.
 """
 
 from dataclasses import replace
@@ -34,7 +35,7 @@ SETTINGS = Settings(
 
 
 def cold_start(blocks: list[str], answers: list[str], **changes):
-    """A model that writes 'a', one of `blocks` and one of `answers`, each as likely as the others."""
+    """A model that writes 'a', one of `blocks` and one of `answers`, with equal probabilities."""
     tokenizer = byte_tokenizer((GOOD, BAD, RIGHT, WRONG))
     model = tiny_llama(tokenizer, initializer_range=0.05, **changes)
     engine = HFEngine(model, tokenizer)
@@ -47,11 +48,12 @@ def cold_start(blocks: list[str], answers: list[str], **changes):
     trainer = Trainer(model, Run("never written", settings, resume=True), settings)
     trainer.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
-        trainer.step([Sample(row) for row in rows], sft_loss)
+        assert trainer.step([Sample(row) for row in rows], sft_loss)["skipped"] == 0
     return model, tokenizer, engine
 
 
 def learn(tmp_path, executor, blocks, answers, settings=SETTINGS) -> list[dict]:
+    """Train a cold-started model with RL. Returns the metrics of each iteration."""
     model, tokenizer, engine = cold_start(blocks, answers)
     run = Run(str(tmp_path / "rl"), settings, resume=False)
     run.start()
@@ -60,30 +62,30 @@ def learn(tmp_path, executor, blocks, answers, settings=SETTINGS) -> list[dict]:
 
 
 def rise(metrics: list[dict], name: str) -> float:
-    """Mean of the last three iterations beyond the first, which is sampled before any update."""
+    """Mean of the last three iterations minus the first, which is sampled before any update."""
     return sum(m[name] for m in metrics[-3:]) / 3 - metrics[0][name]
 
 
 def test_trajectory_level_raises_the_reward(tmp_path, executor):
     metrics = learn(tmp_path, executor, [GOOD], [RIGHT, WRONG])
     assert rise(metrics, "reward") > 0.25
-    assert all(m.get("tokens_step", 0) == 0 for m in metrics)  # no block failed
+    assert all(m.get("tokens_step", 0) == 0 for m in metrics)  # no block fails
     learned = [m for m in metrics if "ratio" in m]
-    # one update per iteration: the first pass is on policy, and sampler and trainer agree
+    # with one update per iteration, training is on-policy, and sampler and trainer agree
     assert all(m["ratio"] == pytest.approx(1, abs=1e-4) and m["clip_fraction"] == 0 for m in learned)
     assert all(abs(m["mismatch_kl"]) < 1e-4 for m in learned)
 
 
-def test_ppo_raises_the_reward_and_its_values_learn(tmp_path, executor):
+def test_ppo_raises_the_reward_and_lowers_the_value_loss(tmp_path, executor):
     settings = replace(SETTINGS, estimator="ppo", value_lr=0.03, iterations=10)
     metrics = learn(tmp_path, executor, [GOOD], [RIGHT, WRONG], settings)
     assert rise(metrics, "reward") > 0.25
     assert sum(m["loss_value"] for m in metrics[-3:]) / 3 < 0.7 * metrics[0]["loss_value"]
-    assert all(m["groups_kept"] == 4 for m in metrics)  # equal rewards carry a signal here
+    assert all(m["groups_kept"] == 4 for m in metrics)  # groups of equal rewards carry a signal too
     assert all(m["ratio"] == pytest.approx(1, abs=1e-4) for m in metrics)
 
 
-def test_ppo_raises_the_code_pass_rate_on_the_step_level(tmp_path, executor):
+def test_ppo_step_level_raises_the_code_pass_rate(tmp_path, executor):
     settings = replace(SETTINGS, estimator="ppo", value_lr=0.03)
     metrics = learn(tmp_path, executor, [GOOD, BAD], [RIGHT], settings)
     assert rise(metrics, "code_pass_rate") > 0.25
@@ -92,40 +94,36 @@ def test_ppo_raises_the_code_pass_rate_on_the_step_level(tmp_path, executor):
 def test_step_level_raises_the_code_pass_rate(tmp_path, executor):
     metrics = learn(tmp_path, executor, [GOOD, BAD], [RIGHT])
     assert rise(metrics, "code_pass_rate") > 0.25
-    assert all(m.get("tokens_trajectory", 0) == 0 for m in metrics)  # every answer is right: no signal there
+    assert all(m.get("tokens_trajectory", 0) == 0 for m in metrics)  # all answers are right: no signal
 
 
-def test_without_the_step_level_code_does_not_get_better(tmp_path, executor):
+def test_code_pass_rate_does_not_rise_without_the_step_level(tmp_path, executor):
     metrics = learn(tmp_path, executor, [GOOD, BAD], [RIGHT], replace(SETTINGS, step_coef=0.0))
     assert rise(metrics, "code_pass_rate") < 0.15
 
 
-def test_no_signal_is_explained_not_a_crash(tmp_path, executor, capsys):
+def test_iteration_without_a_signal_prints_a_message(tmp_path, executor, capsys):
     settings = replace(SETTINGS, iterations=1, max_draws=3)
     [metrics] = learn(tmp_path, executor, [GOOD], [RIGHT], settings)
     assert "no group carries a signal after 3 draws" in capsys.readouterr().out
-    assert (
-        metrics["groups_equal"] == 12
-        and metrics["draws"] == 3
-        and metrics["draws_capped"] == 1
-        and "loss" not in metrics
-    )
+    assert metrics["groups_equal"] == 12 and metrics["draws"] == 3 and metrics["draws_capped"] == 1
+    assert "loss" not in metrics
     zeros = {"skipped", "groups_kept", "groups_thin", "step_groups_kept", *(f"dropped_{why}" for why in REJECT_REASONS)}
-    assert all(metrics[name] == 0 for name in zeros)  # a count of zero is written too
+    assert all(metrics[name] == 0 for name in zeros)  # counts of zero are written too
 
 
 @pytest.mark.parametrize("changes", [{}, dict(estimator="ppo", kl_coef=0.1, gradient_checkpointing=True, whiten=True)])
-def test_several_updates_and_a_resumed_run_repeat_the_metrics(tmp_path, executor, changes):
-    """Also with a value head, its optimizer state and learning rate, and the model at the start, which is not saved."""
+def test_resumed_run_repeats_the_metrics_with_several_updates(tmp_path, executor, changes):
+    """Also with a value head, its optimizer state and learning rate, and a reference model, which is not saved."""
     settings = replace(SETTINGS, iterations=4, updates=2, lr=1e-3, **changes)
     whole = learn(tmp_path / "whole", executor, [GOOD, BAD], [RIGHT, WRONG], settings)
 
     class Killed(BaseException):
-        """Not an Exception: like a Ctrl-C, nothing may catch it."""
+        """Not an Exception, so that nothing catches it, like KeyboardInterrupt."""
 
     model, tokenizer, engine = cold_start([GOOD, BAD], [RIGHT, WRONG])
     problems = [Problem(str(i), "q", "4") for i in range(8)]
-    run = Run(str(tmp_path / "cut"), settings, resume=False)
+    run = Run(str(tmp_path / "killed"), settings, resume=False)
     run.start()
     append, written = run.append, []
 
@@ -139,12 +137,12 @@ def test_several_updates_and_a_resumed_run_repeat_the_metrics(tmp_path, executor
     with pytest.raises(Killed):
         train(model, tokenizer, engine, executor, problems, run, settings)
     model, tokenizer, engine = cold_start([GOOD, BAD], [RIGHT, WRONG])
-    resumed = Run(str(tmp_path / "cut"), settings, resume=True)
+    resumed = Run(str(tmp_path / "killed"), settings, resume=True)
     resumed.start()
     train(model, tokenizer, engine, executor, problems, resumed, settings)
 
     for again, once in zip(resumed.read("metrics.jsonl"), whole, strict=True):
-        timeless = [key for key in once if not key.startswith("seconds")]
-        assert {key: again[key] for key in timeless} == {key: once[key] for key in timeless}
+        reproducible = [key for key in once if not key.startswith("seconds")]
+        assert {key: again[key] for key in reproducible} == {key: once[key] for key in reproducible}
     steps = [record["step"] for record in resumed.read("trajectories.jsonl")]
     assert steps == sorted(steps) and set(steps) == set(range(4))
