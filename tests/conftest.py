@@ -1,4 +1,4 @@
-"""A tiny random model, a byte-level tokenizer made on the spot, and engines and executors that follow a script."""
+"""Shared fixtures and helpers: tiny random models, a byte-level tokenizer, and scripted engines and executors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from thor.sandbox import Executor
 from thor.text import TextStream
 from thor.trajectory import ExecResult
 
-torch.set_num_threads(1)  # tiny models: threads would only wait for each other
-hypothesis.settings.register_profile(  # how fast the machine is, is not what is tested
+torch.set_num_threads(1)  # with tiny models, more threads only add overhead
+hypothesis.settings.register_profile(  # no time limits, which would depend on the machine
     "thor", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("thor")
@@ -39,7 +39,7 @@ CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor 
 
 
 def byte_tokenizer(words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """One token a byte, one for each of `words`, and two special ones."""
+    """A tokenizer with one token for each byte, one for each of `words`, and two special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -51,6 +51,7 @@ def byte_tokenizer(words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 
 
 def tiny_settings(tokenizer) -> dict:
+    """Arguments of the config of a tiny model."""
     return dict(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -77,7 +78,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mistral")
 
 
 def tiny_model(family: str, tokenizer, seed: int = 0, **changes) -> PreTrainedModel:
-    """Two layers of another layout; gemma3 and mistral with a window of 16 tokens (gemma3: in its first layer)."""
+    """A random model of two layers. gemma3 (first layer only) and mistral use sliding windows of 16 tokens."""
     if family == "llama":
         return tiny_llama(tokenizer, seed, **changes)
     more = {
@@ -112,7 +113,7 @@ def executor():
 
 
 def complete(engine, requests: list[Request]) -> dict[str, Completion]:
-    """The turns of these requests, and of those that the engine had already."""
+    """Run the engine until it has no work. Returns all completions by request id, earlier requests included."""
     for request in requests:
         engine.add(request)
     completions: dict[str, Completion] = {}
@@ -124,12 +125,12 @@ def complete(engine, requests: list[Request]) -> dict[str, Completion]:
 
 
 def interrupt(module: torch.nn.Module):
-    """Have forward passes of `module` broken off, until the hook that comes back is removed."""
+    """Make forward passes of `module` raise KeyboardInterrupt until the returned hook is removed."""
 
-    def broken(*_):
+    def raise_interrupt(*_):
         raise KeyboardInterrupt
 
-    return module.register_forward_pre_hook(broken)
+    return module.register_forward_pre_hook(raise_interrupt)
 
 
 class ScriptedEngine:
@@ -180,7 +181,7 @@ class ScriptedEngine:
 
 
 class ScriptedExecutor:
-    """Runs nothing: `judge(code) -> ExecResult`."""
+    """An executor that runs nothing: results come from `judge(code) -> ExecResult`."""
 
     def __init__(self, judge) -> None:
         self.judge = judge
@@ -194,6 +195,7 @@ class ScriptedExecutor:
 
 
 def passes_unless_bad(code: str) -> ExecResult:
+    """A judge for ScriptedExecutor: code that contains 'bad' fails, all other code passes."""
     if "bad" in code:
         return ExecResult("error", "", "NameError: name 'bad' is not defined (line 1)")
     return ExecResult("ok", f"ran {len(code)} é\n")
