@@ -9,11 +9,13 @@ One iteration, with policy pi_theta (paper, section 3.2):
     sample      G trajectories tau_i for each of P problems;  R_i = 1 if the answer is right, else 0
     filter      drop improper trajectories, groups with too few samples, and groups of equal rewards (then draw others)
     A_i         = (R_i - mean(R)) / (std(R) + eps)                     on all action tokens of tau_i
-    step set    for each failed step, regenerate its last L_suffix thought tokens and block G times;  R' = 1 if it ran
-    A'_j        = the same normalisation of R'                         on suffix and block only
+    step set    for at most P failed steps, also of dropped trajectories: regenerate the last L_suffix tokens of
+                the thought and the block G times;  R' = 1 if the block passed, else 0 (no block: dropped)
+    A'_j        = the same normalisation of R'                         on suffix and block only (see regenerate_step)
     ratio       = exp(logp - logp_old)
-    l           = -min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A),  at most -c A where A < 0  (dual clip)
-    L           = mean_trajectory_tokens(l) + step_coef mean_step_tokens(l) + nll_coef mean_{A > 0}(-logp)
+    l           = -min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A),  at most -c A where A < 0  (dual clip),
+                times the importance weight min(exp(logp_old - logp_sampler), is_cap)
+    L           = mean_trajectory_tokens(l) + step_coef mean_step_tokens(l) + nll_coef mean_{A > 0, both levels}(-logp)
 
 With --estimator ppo, A comes from GAE on a value head, token by token, and value_coef times a value loss is added to l.
 
@@ -134,9 +136,9 @@ def group_advantages(rewards: list[float], eps: float = 1e-6) -> list[float]:
 
 
 def samples_of(
-    mine: list[int], sampled: list[Trajectory], level: str, reject: Callable[[Trajectory], str], settings: Settings
-) -> tuple[list[Sample], list[list[Trajectory]], Counter]:
-    """Gather the groups of all ranks, filter them, and give each sample its advantage, at either level.
+    mine: list[int], sampled: list[Trajectory | None], level: str, reject: Callable[..., str], settings: Settings
+) -> tuple[list[Sample], list[list[Trajectory | None]], Counter]:
+    """Gather the groups of all ranks, filter them, and give each sample its group advantage, at either level.
 
     mine: numbers of the groups that this rank sampled. sampled: their trajectories, G for each group.
     reject: the reason to drop a trajectory, or ''. Returns (samples, all groups in order, counts).
@@ -214,9 +216,9 @@ PER_TOKEN = ("clip_fraction", "ratio", "entropy", "mismatch_kl", "loss_value")  
 
 
 def hierarchical_loss(batch: Batch, scores: Scores, settings: Settings) -> tuple[torch.Tensor, dict[str, float]]:
-    """L: what the N tokens of a micro-batch contribute to it. Returns (loss, info of sums over the N tokens).
+    """The contribution of a micro-batch's N action tokens to L. Returns (loss, info of sums over the N tokens).
 
-    Each mean of L divides by the tokens of the whole optimizer batch, see `batch.counts`.
+    Prompt and tool output are not among them. Each mean divides by `batch.counts`, of the whole optimizer batch.
     """
     logp, advantage, counts = scores.logp, batch.advantage, batch.counts
     # with one optimizer step per iteration logp_old is logp itself, and needs no forward pass of its own
@@ -236,13 +238,13 @@ def hierarchical_loss(batch: Batch, scores: Scores, settings: Settings) -> tuple
         errors = value_loss(value, batch.value_old, batch.returns, settings.value_clip)
         token_loss = token_loss + settings.value_coef * errors
         info["loss_value"] = errors.sum().item()
-    trajectory = token_loss[~batch.is_step].sum() / max(1, counts.trajectory)
-    step = token_loss[batch.is_step].sum() / max(1, counts.step)
+    loss_trajectory = token_loss[~batch.is_step].sum() / max(1, counts.trajectory)
+    loss_step = token_loss[batch.is_step].sum() / max(1, counts.step)
     nll = -logp[advantage > 0].sum() / max(1, counts.positive)
-    loss = trajectory + settings.step_coef * step + settings.nll_coef * nll
+    loss = loss_trajectory + settings.step_coef * loss_step + settings.nll_coef * nll
     return loss, info | {
-        "loss_trajectory": trajectory.item(),
-        "loss_step": step.item(),
+        "loss_trajectory": loss_trajectory.item(),
+        "loss_step": loss_step.item(),
         "nll": nll.item(),
         "clip_fraction": clip["clipped"].sum().item(),
         "ratio": clip["ratio"].sum().item(),

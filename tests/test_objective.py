@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_llama
+from conftest import ScriptedEngine, ScriptedExecutor, passes_unless_bad, tiny_llama
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -42,8 +42,9 @@ from run_rl import (
 from run_sft import sft_loss
 from thor.attention import Tree, micro_batches
 from thor.engines import HFEngine
-from thor.rollout import Sampling, solve
+from thor.rollout import Sampling, drive, regenerate_step, solve
 from thor.run_folder import Run
+from thor.text import decode, encode
 from thor.training import scoring
 from thor.training.model import add_value_head, checkpoint_gradients, prepare
 from thor.training.scoring import LogProb, Scores, score_tokens
@@ -450,7 +451,7 @@ def test_gradients_with_and_without_tree_equal_transformers(layout, observations
 
 
 def test_logits_are_computed_only_for_action_tokens(tokenizer):
-    """Prompt, observation and shared prefix positions have no logits, and so no gradient through them."""
+    """Only the states before an action token are projected to the vocabulary."""
     model, batch = tiny_llama(tokenizer), samples()
     expected = []
     for sample in batch:
@@ -484,6 +485,28 @@ def test_exactly_the_action_tokens_are_targets(tokenizer, monkeypatch, tree):
         for i, sampled in enumerate(trajectory.action_mask):
             expected[(*trajectory.prompt_ids, *trajectory.token_ids[: i + 1])] += sampled
     assert found == +expected and found.total() == 4 + 3 + 8 + 3 + 2
+
+
+def test_targets_of_a_regenerated_step_are_its_suffix_and_block(tokenizer, monkeypatch):
+    """From a sampled trajectory with tool output to the loss: neither the prefix nor the output is a target."""
+    think, bad, good = "one two three\n", "```python\nbad\n```", "3\n```python\nprint(1)\n```"
+    first = ScriptedEngine(tokenizer, lambda request, turn: (think + bad, "end")[turn])
+    [trajectory] = solve(first, ScriptedExecutor(passes_unless_bad), [PROBLEM], Sampling(max_tokens=2000))
+    [step] = [step for step in trajectory.steps if step.failed]
+    again = ScriptedEngine(tokenizer, lambda request, turn: good)
+    task = regenerate_step(again, trajectory, step, "step", Sampling(max_tokens=2000), suffix_tokens=6)
+    [regenerated] = drive([task], again, ScriptedExecutor(passes_unless_bad))
+    assert decode(tokenizer, regenerated.prompt_ids).endswith("one two ")
+    targets, score = [], scoring.score_pairs
+
+    def watched(model, layout, pairs, *args):
+        targets.extend(pairs[:, 1].tolist())
+        return score(model, layout, pairs, *args)
+
+    monkeypatch.setattr(scoring, "score_pairs", watched)
+    gradient(tiny_llama(tokenizer), [Sample(regenerated, 1.0, "step"), Sample(trajectory, -1.0)], Settings())
+    sampled = encode(tokenizer, good) + encode(tokenizer, think + bad + "end") + [tokenizer.eos_token_id]
+    assert Counter(targets) == Counter(sampled)
 
 
 @pytest.mark.parametrize("tree", [True, False])

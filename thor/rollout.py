@@ -25,7 +25,7 @@ from thor.trajectory import ExecResult, Problem, Step, Trajectory
 INFRA_TRIES = 3  # runs of a snippet whose sandbox fails, before its sample is dropped
 
 Listener = Callable[[str, str], None]  # (kind, text) with kind 'text' | 'output' | 'correction'
-Task = Generator["Request | Ask | str", "Completion | ExecResult", Any]
+Task = Generator["Request | Ask | str", "Completion | ExecResult", Any]  # a yielded str is source code to run
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Sampler:
 
 
 def split_think(step: Step, suffix_tokens: int) -> int:
-    """Offset where the suffix of r_t starts: its last `suffix_tokens` tokens (L_suffix), never before r_t."""
+    """Offset in the response of the suffix of r_t: its last `suffix_tokens` tokens (L_suffix), or all if it has fewer."""
     return max(step.think_start, step.act_start - suffix_tokens)
 
 
@@ -293,24 +293,25 @@ def regenerate_step(
 ) -> Task:
     """Regenerate the suffix and the block of a failed step: one sample of the step level (paper, section 3.2).
 
-    Returns a Trajectory whose prompt is everything up to r_pre, whose response is suffix and block, and whose reward
-    is 1.0 if the block passed, else 0.0. Returns None if no block closed or the sandbox failed.
+    Returns a Trajectory whose prompt is everything before the suffix, whose response is suffix and block, and whose
+    reward R' is 1.0 if the block passed, else 0.0. Returns None if no block closed or the sandbox failed.
     """
     cut = split_think(step, suffix_tokens)
     context = trajectory.prompt_ids + trajectory.token_ids[: step.think_start]
     r_pre = trajectory.token_ids[step.think_start : cut]
-    sample = Trajectory(trajectory.problem, context + r_pre, finish="stop")
-    room = min(sampling.max_tokens - cut, engine.context - len(sample.prompt_ids))
-    sampler = Sampler(engine, name, sampling, len(sample.prompt_ids) - 1)
+    # the shared prefix is the prompt of the new sample, so it is never learned, see Trajectory.action_positions
+    new = Trajectory(trajectory.problem, context + r_pre, finish="stop")
+    room = min(sampling.max_tokens - cut, engine.context - len(new.prompt_ids))
+    sampler = Sampler(engine, name, sampling, len(new.prompt_ids) - 1)
     completion, act, parser = yield from sampler.turn(context, r_pre, room, derive_seed(sampling.seed, name))
     if not parser.closed:
         return None
     result = yield parser.code
     if result.status == "infra":
         return None
-    sample.append_sampled(completion.token_ids, completion.logps)
-    end = len(sample)
-    sample.steps = [Step(0, max(0, act - len(r_pre)), end, end, parser.code, result)]
-    sample.reward = float(result.passed)
-    sample.check()
-    return sample
+    new.append_sampled(completion.token_ids, completion.logps)
+    # a block that starts with the last characters of r_pre would have a negative offset
+    new.steps = [Step(0, max(0, act - len(r_pre)), len(new), len(new), parser.code, result)]
+    new.reward = float(result.passed)
+    new.check()
+    return new

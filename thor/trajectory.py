@@ -79,9 +79,9 @@ class Trajectory:
     """
 
     problem: Problem
-    prompt_ids: list[int]
+    prompt_ids: list[int]  # context, never learned; of a regenerated step, everything before the suffix
     token_ids: list[int] = field(default_factory=list)
-    action_mask: list[bool] = field(default_factory=list)  # True exactly on tokens that the policy sampled
+    action_mask: list[bool] = field(default_factory=list)  # per response token: True if the policy sampled it
     logp_sampler: list[float] = field(default_factory=list)  # 0.0 on observation tokens
     steps: list[Step] = field(default_factory=list)
     finish: str = ""

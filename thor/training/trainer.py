@@ -14,13 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as full_state  # functions that gather and scatter sharded state
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -63,11 +57,14 @@ class TrainSettings:
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
+OPTIONAL = ("logp_old", "logp_ref", "value_old", "returns")  # fields of a sample that only some objectives need
+
+
 @dataclass
 class Sample:
     """A trajectory to learn from. Only its N action tokens are scored.
 
-    advantage: one number for all tokens (GRPO), or [N] (PPO). level: 'trajectory' | 'step'.
+    advantage: one number for all of them (GRPO), or [N] (PPO). level: 'trajectory' | 'step' (a regenerated step).
     logp_old, logp_ref: [N] under the policy before the update, and under the policy at the start of the run.
     value_old, returns: [N], for PPO.
     """
@@ -81,8 +78,8 @@ class Sample:
     returns: torch.Tensor | None = None
 
     @property
-    def advantages(self) -> torch.Tensor:
-        """[N]"""
+    def token_advantages(self) -> torch.Tensor:
+        """The advantage of each of the N action tokens."""
         return torch.as_tensor(self.advantage, dtype=torch.float32).expand(self.trajectory.num_sampled)
 
 
@@ -99,7 +96,7 @@ class Counts:
         tokens = Counter(trajectory=0, step=0)
         for sample in samples:
             tokens[sample.level] += sample.trajectory.num_sampled
-        return cls(**tokens, positive=sum(int((s.advantages > 0).sum()) for s in samples))
+        return cls(**tokens, positive=sum(int((s.token_advantages > 0).sum()) for s in samples))
 
 
 @dataclass
@@ -125,11 +122,10 @@ def collate(samples: list[Sample], counts: Counts, device: torch.device | str = 
     def join(parts: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([torch.empty(0), *parts]).to(device)  # a rank may have no samples
 
-    optional = ("logp_old", "logp_ref", "value_old", "returns")
-    known = {name for name in optional if all(getattr(s, name) is not None for s in samples)}
+    known = {name for name in OPTIONAL if all(getattr(s, name) is not None for s in samples)}
     return Batch(
         counts,
-        join([s.advantages for s in samples]),
+        join([s.token_advantages for s in samples]),
         join([torch.full((s.trajectory.num_sampled,), s.level == "step") for s in samples]).bool(),
         join([torch.tensor(s.trajectory.action_logps) for s in samples]),
         **{name: join([getattr(s, name) for s in samples]) for name in known},
@@ -210,8 +206,7 @@ class Trainer:
                     self.save(self.state)
 
     @property
-    def stuck(self) -> bool:
-        """Whether too many optimizer steps in a row were skipped."""
+    def stuck(self) -> bool:  # too many optimizer steps in a row were skipped
         return self.state["skipped_in_a_row"] == MAX_SKIPPED
 
     def step(self, samples: list[Sample], loss: Loss) -> dict[str, float]:
@@ -267,14 +262,12 @@ class Trainer:
         """Write what this rank computed of a skipped batch to skipped/<iteration>-<step>-rank<rank>.jsonl."""
         records = []
         for b, logp in logps.items():
-            sample, names = samples[b], ("advantages", "logp_old", "logp_ref", "value_old", "returns")
-            tensors = {name: value.tolist() for name in names if (value := getattr(sample, name)) is not None}
-            record = {
-                "level": sample.level,
-                **sample.trajectory.to_dict(),
-                "scored": sample.trajectory.action_positions,
-            }
-            records.append(record | tensors | {"logp_sampler": sample.trajectory.action_logps, "logp": logp.tolist()})
+            sample, trajectory = samples[b], samples[b].trajectory
+            tensors = {"advantages": sample.token_advantages, "logp": logp}
+            tensors |= {name: getattr(sample, name) for name in OPTIONAL if getattr(sample, name) is not None}
+            record = trajectory.to_dict() | {"level": sample.level, "scored": trajectory.action_positions}
+            record |= {"logp_sampler": trajectory.action_logps}
+            records.append(record | {name: tensor.tolist() for name, tensor in tensors.items()})
         if records:
             folder = self.run / "skipped"
             folder.mkdir(parents=True, exist_ok=True)  # on another node the run folder may not exist yet
@@ -288,9 +281,13 @@ class Trainer:
 
         Parameters and optimizer state are full and by name, so any number of ranks can resume.
         """
-        saved = {"model": get_model_state_dict(self.model, options=FULL_STATE), "optimizer": None, "state": state}
+        saved = {
+            "model": full_state.get_model_state_dict(self.model, options=FULL_STATE),
+            "optimizer": None,
+            "state": state,
+        }
         if self.optimizer.state:  # before the first step there is none, and asking for it would create some
-            saved["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE)
+            saved["optimizer"] = full_state.get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE)
         if rank() == 0:
             folder = self.run / CHECKPOINTS
             folder.mkdir(exist_ok=True)
@@ -317,10 +314,10 @@ class Trainer:
         state, has_optimizer = gather((saved.get("state"), bool(saved.get("optimizer"))))[0]
         if state is None:
             return {}
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
-        set_model_state_dict(self.model, saved.get("model", {}), options=options)
+        options = full_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
+        full_state.set_model_state_dict(self.model, saved.get("model", {}), options=options)
         if has_optimizer:
-            set_optimizer_state_dict(self.model, self.optimizer, saved.get("optimizer", {}), options=options)
+            full_state.set_optimizer_state_dict(self.model, self.optimizer, saved.get("optimizer", {}), options=options)
         return state
 
 
