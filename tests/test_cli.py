@@ -1,4 +1,4 @@
-"""The scripts as a user meets them: settings, run folders, and one line for each kind of bad input."""
+"""Tests of the command line: one-line errors, --help, settings, run folders, trackers, and printed results."""
 
 import json
 import os
@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 from conftest import byte_tokenizer, tiny_llama
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import run_rl
 from run_infer import Printer, lineage
 from thor.evaluation import bootstrap_interval, summarize, table
-from thor.run_folder import Run
-from thor.settings import UserError, parse_settings
+from thor.run_folder import Run, check_trackers
+from thor.settings import UserError, parse_settings, setting
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +37,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def run_script(script: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run run_<script>.py with these flags."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, ROOT / f"run_{script}.py", *flags],
@@ -45,15 +50,18 @@ def run_script(script: str, *flags: str, cwd: Path) -> subprocess.CompletedProce
 
 
 def write(path: Path, *lines: str) -> str:
+    """Write a file of these lines and return its path."""
     path.write_text("\n".join(lines) + ("\n" if lines else ""), encoding="utf-8")
     return str(path)
 
+
+# ---- scripts --------------------------------------------------------------------------------------------------------
 
 GOOD_ROW = json.dumps({"question": "2 + 2 = ? é", "answer": "4"})
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "says"),
+    ("script", "flags", "expected"),
     [
         ("tirgen", ["--nope", "1"], ["unrecognized arguments: --nope"]),
         ("rl", ["--lr", "fast"], ["--lr", "fast"]),
@@ -78,7 +86,7 @@ GOOD_ROW = json.dumps({"question": "2 + 2 = ? é", "answer": "4"})
         ("rl", ["--config", "settings.yaml"], ["settings.yaml", "learning_rate"]),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, model, script, flags, says):
+def test_bad_input_is_a_one_line_error_and_writes_no_files(tmp_path, model, script, flags, expected):
     write(tmp_path / "good.jsonl", GOOD_ROW)
     write(tmp_path / "no_answer.jsonl", GOOD_ROW, '{"question": "why?"}')
     write(tmp_path / "invalid.jsonl", GOOD_ROW, "{'question': 1}")
@@ -92,18 +100,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, model, script, flags
     done = run_script(script, *[str(model) if f == "MODEL" else f for f in flags], cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     message = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(message) == 1 and all(part in message[0] for part in says), done.stderr
+    assert len(message) == 1 and all(part in message[0] for part in expected), done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("script", ["tirgen", "sft", "rl", "infer"])
-def test_help_is_complete(script, tmp_path):
+def test_help_lists_all_settings_and_topics(script, tmp_path):
     done = run_script(script, "--help", cwd=tmp_path)
     module = __import__(f"run_{script}")
     assert done.returncode == 0
-    for setting in module.Settings.__dataclass_fields__.values():
-        assert f"--{setting.name}" in done.stdout and setting.metadata["help"]
+    for field in module.Settings.__dataclass_fields__.values():
+        assert f"--{field.name}" in done.stdout and field.metadata["help"]
+        assert f"\n{field.metadata['topic']}:\n" in done.stdout
 
 
 def test_rl_and_infer_run_end_to_end_and_lineage_is_found(tmp_path, model):
@@ -117,22 +126,22 @@ def test_rl_and_infer_run_end_to_end_and_lineage_is_found(tmp_path, model):
     assert done.returncode == 0 and "accuracy %" in done.stdout, done.stderr
     summary = json.loads((tmp_path / "runs/x/eval.json").read_text())
     assert summary["problems"] == 3 and 0 <= summary["accuracy"][0] <= 1
-    # going on after the first line of the trajectories gives the same scores
+    # a run that is resumed after its first trajectory completes the file
     path = tmp_path / "runs/x/trajectories.jsonl"
-    path.write_text(path.read_text().splitlines()[0] + '\n{"torn')
+    path.write_text(path.read_text().splitlines()[0] + '\n{"incomplete')
     done = run_script("infer", *flags, "--resume", cwd=tmp_path)
     assert done.returncode == 0 and len(path.read_text().splitlines()) == 3, done.stderr
     (tmp_path / "runs/rl/eval.json").write_text((tmp_path / "runs/x/eval.json").read_text())
     assert [name for name, _ in lineage(str(tmp_path / "runs/rl/final"))] == ["after RL"]
 
 
-def test_ask_is_plain_when_piped(tmp_path, model):
+def test_piped_output_has_no_colors(tmp_path, model):
     done = run_script("infer", "What is 2 + 2?", "--model", str(model), "--max_tokens", "30", cwd=tmp_path)
     assert done.returncode == 0 and "answer:" in done.stdout and "\033" not in done.stdout, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path, model):
+def test_run_ended_by_ctrl_c_can_be_resumed(tmp_path, model):
     data = write(tmp_path / "data.jsonl", *[GOOD_ROW] * 4)
     flags = ["--data", data, "--model", str(model), "--prompts", "2", "--group", "4", "--max_tokens", "24"]
     flags += ["--iterations", "400", "--evaluate", "False", "--out", "rl"]
@@ -142,7 +151,7 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path, model):
         cwd=tmp_path,
         env=env,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore SIGINT
     ) as p:
         for _ in range(600):
             if (tmp_path / "rl/checkpoints/latest.pt").exists():
@@ -153,7 +162,7 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path, model):
         assert p.returncode == 130 and b"--resume" in stderr, stderr[-500:]
     reached = len((tmp_path / "rl/metrics.jsonl").read_text().splitlines())
     config = json.loads((tmp_path / "rl/config.json").read_text())
-    config["iterations"] = reached + 1  # as if that many had been asked for
+    config["iterations"] = reached + 1  # as if the first command had set this number
     (tmp_path / "rl/config.json").write_text(json.dumps(config))
     flags[flags.index("400")] = str(reached + 1)
     done = run_script("rl", *flags, "--resume", cwd=tmp_path)
@@ -162,16 +171,19 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path, model):
     assert steps == list(range(reached + 1)) and (tmp_path / "rl/final/config.json").exists()
 
 
-# ---- pieces ---------------------------------------------------------------------------------------------------------
+# ---- settings -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Settings for a test."""
+    """Settings of a small script."""
 
-    lr: float = field(default=0.5, metadata={"help": "rate"})
-    name: str = field(default="x", metadata={"help": "name"})
-    flag: bool = field(default=False, metadata={"help": "flag"})
+    lr: float = setting(0.5, "learning rate", "optimisation")
+    name: str = setting("x", "a name", "run")
+    flag: bool = setting(False, "a switch", "run")
+    rows: int = setting(8, "rows of the cache", "memory", min=1)
+    mode: Literal["fast", "slow"] = setting("fast", "how to run", "run")
+    report_to: str = setting("none", "trackers", "run")
 
 
 def test_settings_from_defaults_config_and_flags(tmp_path):
@@ -185,7 +197,44 @@ def test_settings_from_defaults_config_and_flags(tmp_path):
     assert stop.value.code == 2
 
 
-def test_run_folder(tmp_path):
+def test_yaml_name_without_a_value_keeps_the_default(tmp_path):
+    config = write(tmp_path / "c.yaml", "lr:", "rows: 3", "mode:")
+    assert parse_settings(Demo, "", ["--config", config]) == Demo(rows=3)
+
+
+@pytest.mark.parametrize(
+    ("cls", "flags", "message"),
+    [
+        (run_rl.Settings, ["--estimator", "ppo3"], "--estimator ppo3: must be one of grpo, ppo"),
+        (Demo, ["--mode", "medium"], "--mode medium: must be one of fast, slow"),
+        (run_rl.Settings, ["--lr", "high"], "--lr high: must be of type float"),
+        (Demo, ["--rows", "2.5"], "--rows 2.5: must be of type int"),
+        (run_rl.Settings, ["--rows", "0"], "--rows 0: must be at least 1"),
+        (Demo, ["--rows", "-1"], "--rows -1: must be at least 1"),
+    ],
+)
+def test_invalid_value_exits_with_one_line(capsys, cls, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(cls, "", flags)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f": error: {message}\n")
+
+
+def test_smallest_valid_value_is_accepted():
+    assert parse_settings(Demo, "", ["--rows", "1"]).rows == 1
+
+
+def test_yaml_values_are_checked_like_flags(tmp_path, capsys):
+    config = write(tmp_path / "c.yaml", "rows: 0")
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(Demo, "", ["--config", config])
+    assert stop.value.code == 2 and "--rows 0: must be at least 1" in capsys.readouterr().err
+
+
+# ---- run folder -----------------------------------------------------------------------------------------------------
+
+
+def test_run_folder_logs_refuses_other_settings_and_rewinds(tmp_path):
     run = Run(str(tmp_path / "r"), Demo(), resume=False)
     assert not (tmp_path / "r").exists()
     run.start()
@@ -200,14 +249,14 @@ def test_run_folder(tmp_path):
     assert again.read("metrics.jsonl") == []
 
 
-def test_unicode_line_breaks_do_not_break_records(tmp_path):
+def test_unicode_line_breaks_do_not_split_records(tmp_path):
     run = Run(str(tmp_path / "r"), Demo(), resume=False)
     run.start()
     run.append("x.jsonl", {"text": "a\u2028b\u0085c"})
     assert run.read("x.jsonl") == [{"text": "a\u2028b\u0085c"}]
 
 
-def test_whole_folder_appears_only_when_it_is_whole(tmp_path):
+def test_whole_folder_appears_only_when_complete(tmp_path):
     run = Run(str(tmp_path / "r"), Demo(), resume=False)
     run.start()
     with pytest.raises(KeyboardInterrupt), run.whole_folder("final") as folder:
@@ -220,7 +269,7 @@ def test_whole_folder_appears_only_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("killed_at", [1, 2])
-def test_nothing_is_left_of_a_folder_that_was_being_replaced(tmp_path, monkeypatch, killed_at):
+def test_next_write_removes_what_a_killed_replacement_left(tmp_path, monkeypatch, killed_at):
     run = Run(str(tmp_path / "r"), Demo(), resume=False)
     run.start()
     (run / "final").mkdir()
@@ -242,14 +291,61 @@ def test_nothing_is_left_of_a_folder_that_was_being_replaced(tmp_path, monkeypat
     assert sorted(p.name for p in run.folder.iterdir()) == ["config.json", "final"]
 
 
+# ---- trackers -------------------------------------------------------------------------------------------------------
+
+
+def test_check_trackers_accepts_none_and_known_trackers():
+    assert check_trackers("none") == []
+    assert check_trackers("tensorboard") == ["tensorboard"]
+
+
+def test_check_trackers_rejects_unknown_names():
+    with pytest.raises(UserError, match="--report_to magic: must be 'none' or some of .*tensorboard"):
+        check_trackers("tensorboard, magic")
+
+
+def test_check_trackers_rejects_trackers_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr("thor.run_folder.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(UserError, match="--report_to wandb: its package is not installed; pip install wandb"):
+        check_trackers("tensorboard,wandb")
+
+
+@pytest.mark.parametrize(("report_to", "written"), [("tensorboard", True), ("none", False)])
+def test_tensorboard_files_are_written_only_if_requested(tmp_path, report_to, written):
+    run = Run(str(tmp_path / "r"), Demo(report_to=report_to), resume=False)
+    run.start()
+    run.log(0, {"a": 1.0, "b": float("nan")})
+    assert any("tfevents" in path.name for path in run.folder.rglob("*")) == written
+    assert len(run.read("metrics.jsonl")) == 1
+
+
+def test_resumed_run_hides_the_tensorboard_points_that_it_rewrites(tmp_path):
+    settings = Demo(report_to="tensorboard")
+    first = Run(str(tmp_path / "r"), settings, resume=False)
+    first.start()
+    for step in range(3):
+        first.log(step, {"a": 10.0 + step})
+    time.sleep(1)  # TensorBoard orders event files by name, which contains the time in seconds
+    resumed = Run(str(tmp_path / "r"), settings, resume=True)
+    resumed.start()
+    resumed.log(1, {"a": 21.0})
+    events = EventAccumulator(str(tmp_path / "r" / "tensorboard"))
+    events.Reload()
+    assert [(point.step, point.value) for point in events.Scalars("a")] == [(0, 10.0), (1, 21.0)]
+
+
+# ---- printed results ------------------------------------------------------------------------------------------------
+
+
 def trajectory(reward: float, passed: list[bool], sampled: int, discarded: int = 0, finish: str = "stop") -> Trajectory:
+    """A trajectory whose blocks passed or failed, with so many sampled and discarded tokens."""
     steps = [Step(i, i, i, i, "x", ExecResult("ok" if p else "error")) for i, p in enumerate(passed)]
     t = Trajectory(Problem("p", "q"), [1], steps=steps, reward=reward, discarded=discarded, finish=finish)
     t.append_sampled([1] * sampled, [0.0] * sampled)
     return t
 
 
-def test_summary_by_hand():
+def test_summary_and_table_by_hand():
     ts = [trajectory(1, [True, False], 10, 4), trajectory(0, [], 20), trajectory(0, [], 9, finish="infra")]
     summary = summarize(ts)
     assert [summary[k][0] for k in ("accuracy", "code_ratio", "code_pass_rate", "tokens", "discarded")] == [
@@ -268,16 +364,13 @@ def test_summary_by_hand():
 
 
 def test_bootstrap_interval_of_a_mean():
-    import numpy as np
-
     samples = np.array([0.0, 1.0] * 200)
     low, high = bootstrap_interval(np.mean, samples)
-    assert low == pytest.approx(0.5 - 1.96 * 0.5 / 20, abs=0.01) and high == pytest.approx(
-        0.5 + 1.96 * 0.5 / 20, abs=0.01
-    )
+    assert low == pytest.approx(0.5 - 1.96 * 0.5 / 20, abs=0.01)
+    assert high == pytest.approx(0.5 + 1.96 * 0.5 / 20, abs=0.01)
 
 
-def test_printer_tells_kinds_apart():
+def test_printer_colors_text_output_and_corrections():
     class Terminal:
         text = ""
 
