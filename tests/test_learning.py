@@ -116,7 +116,7 @@ def test_iteration_without_a_signal_prints_a_message(tmp_path, executor, capsys)
 def test_resumed_run_repeats_the_metrics_with_several_updates(tmp_path, executor, changes):
     """Also with a value head, its optimizer state and learning rate, and a reference model, which is not saved."""
     settings = replace(SETTINGS, iterations=4, updates=2, lr=1e-3, **changes)
-    whole = learn(tmp_path / "whole", executor, [GOOD, BAD], [RIGHT, WRONG], settings)
+    uninterrupted = learn(tmp_path / "uninterrupted", executor, [GOOD, BAD], [RIGHT, WRONG], settings)
 
     class Killed(BaseException):
         """Not an Exception, so that nothing catches it, like KeyboardInterrupt."""
@@ -141,7 +141,7 @@ def test_resumed_run_repeats_the_metrics_with_several_updates(tmp_path, executor
     resumed.start()
     train(model, tokenizer, engine, executor, problems, resumed, settings)
 
-    for again, once in zip(resumed.read("metrics.jsonl"), whole, strict=True):
+    for again, once in zip(resumed.read("metrics.jsonl"), uninterrupted, strict=True):
         reproducible = [key for key in once if not key.startswith("seconds")]
         assert {key: again[key] for key in reproducible} == {key: once[key] for key in reproducible}
     steps = [record["step"] for record in resumed.read("trajectories.jsonl")]

@@ -253,9 +253,8 @@ def test_collate_joins_action_tokens_and_omits_fields_that_a_sample_lacks():
 
 
 def test_gae_of_a_trajectory_with_two_tool_calls_by_hand():
-    sample = Sample(
-        ledger("11001101"), 0.0, "trajectory"
-    )  # observations before the 3rd and the 5th of five action tokens
+    # observations before the 3rd and the 5th of five action tokens
+    sample = Sample(ledger("11001101"), 0.0, "trajectory")
     sample.value_old = torch.tensor([0.5, 0.4, 0.6, 0.2, 0.8])
     ppo_advantages([sample], Settings(estimator="ppo", gamma=0.9, gae_lambda=0.5))
     # the next value of the 2nd token is that of the 3rd, after the tool output
