@@ -8,7 +8,7 @@ One iteration, with policy pi_theta (paper, section 3.2):
 
     sample      G trajectories tau_i for each of P problems;  R_i = 1 if the answer is right, else 0
     filter      drop improper trajectories, groups with too few samples, and groups of equal rewards (then draw others)
-    A_i         = (R_i - mean(R)) / (std(R) + eps)                     on all action tokens of tau_i
+    A_i         = (R_i - mean(R)) / (std(R) + eps)                     on all action tokens of tau_i  (population's std)
     step set    for at most P failed steps, also of dropped trajectories: regenerate the last L_suffix tokens of
                 the thought and the block G times;  R' = 1 if the block passed, else 0 (no block: dropped)
     A'_j        = the same normalisation of R'                         on suffix and block only (see regenerate_step)
@@ -19,10 +19,8 @@ One iteration, with policy pi_theta (paper, section 3.2):
 
 With --estimator ppo, A comes from GAE on a value head, token by token, and value_coef times a value loss is added to l.
 
-Deviations from the paper: std is the population's; no KL and no entropy term unless a flag sets one.
-
-On the CPU a run is reproducible bit for bit, also when it is killed and resumed (set --kv_tokens if memory is so scarce
-that it limits how many requests decode at once). On GPUs it is not, because kernels add in any order.
+With HFEngine on the CPU a run is reproducible bit for bit, also when it is killed and resumed (set --kv_tokens if
+scarce memory limits how many requests decode at once). On GPUs it is not, because kernels add in any order.
 """
 
 from __future__ import annotations
@@ -153,7 +151,7 @@ def samples_of(
         rewards = [trajectory.reward for trajectory in kept]
         reason = no_signal_reason(rewards, size, settings.estimator)
         counts[f"groups_{reason or 'kept'}"] += 1
-        if not reason:
+        if not reason:  # PPO replaces these advantages by those of its value head
             samples += [Sample(t, a, level) for t, a in zip(kept, group_advantages(rewards), strict=True)]
     return samples, list(groups.values()), counts
 
@@ -179,7 +177,7 @@ def ppo_advantages(samples: list[Sample], settings: Settings) -> None:
     """Set advantage and returns of each sample from its values. Its reward arrives at its last action token."""
     for sample in samples:
         rewards = torch.zeros_like(sample.value_old)
-        rewards[-1:] = sample.trajectory.reward
+        rewards[-1:] = sample.trajectory.reward  # a slice, because a sample may have no action token
         sample.advantage, sample.returns = gae(rewards, sample.value_old, settings.gamma, settings.gae_lambda)
     for level in ("trajectory", "step") if settings.whiten else ():
         chosen = [s for s in samples if s.level == level]
@@ -357,7 +355,7 @@ def sample_steps(engine, executor, trajectories: list[Trajectory], iteration: in
     return samples, {
         "step_prompts": len(failed),
         "step_samples": counts["kept"],
-        "step_passed": sum(int(sample.reward) for group in groups for sample in group if sample is not None),
+        "step_passed": sum(r.passed for group in groups for sample in group if sample for r in sample.results),
         **{f"step_groups_{what}": counts[f"groups_{what}"] for what in ("kept", "equal", "thin")},
     }
 

@@ -131,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         if engine and rank() == 0 and not (run / "eval_base.json").exists():
             base, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "base model")
             run.write_json("eval_base.json", base)
+        if engine:
             engine.sleep()
         train(model, rows, run, settings)
         with run.whole_folder("final") as folder:

@@ -95,6 +95,8 @@ def drive(
             while fresh and (in_flight is None or len(waiting) + len(running) < in_flight):
                 resume(fresh.popleft(), None)
             busy = [e for e in engines.values() if e.has_work()]
+            if waiting and not busy and not running:
+                raise RuntimeError(f"the engine has lost requests: {sorted(name for _, name in waiting)}")
             for e in busy:
                 for completion in e.step():
                     if (id(e), completion.id) in waiting:  # else the caller added the request before
@@ -187,7 +189,7 @@ class Sampler:
 
 
 def split_think(step: Step, suffix_tokens: int) -> int:
-    """Offset in the response of the suffix of r_t: its last `suffix_tokens` tokens (L_suffix), or all if it has fewer."""
+    """Offset in the response of the suffix of r_t: its last `suffix_tokens` tokens (L_suffix), or all if shorter."""
     return max(step.think_start, step.act_start - suffix_tokens)
 
 

@@ -29,8 +29,8 @@ class Problem:
 class ExecResult:
     """The result of running one snippet.
 
-    status: 'ok' | 'error' | 'no_output' | 'timeout' | 'memory' | 'blocked' | 'infra'. 'ok' means that the code passed.
-    'infra' means that the sandbox itself failed, which says nothing about the code. All others are failures.
+    status: 'ok' | 'error' | 'no_output' | 'timeout' | 'memory' | 'blocked' | 'infra'. 'ok' means that the code passed:
+    it ended normally and printed something. 'infra' means that the sandbox itself failed. All others are failures.
     """
 
     status: str
@@ -85,7 +85,7 @@ class Trajectory:
     logp_sampler: list[float] = field(default_factory=list)  # 0.0 on observation tokens
     steps: list[Step] = field(default_factory=list)
     finish: str = ""
-    reward: float | None = None
+    reward: float | None = None  # R or R', in [0, 1]; None until graded, and for 'infra'
     discarded: int = 0  # sampled tokens that self-correction removed
     corrections: int = 0  # number of those removals
 

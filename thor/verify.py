@@ -69,7 +69,7 @@ def verify(prediction: str, gold: str, timeout: float = 5.0) -> bool:
 
 
 def grade(trajectory: Trajectory, tokenizer) -> float:
-    r"""Return the reward R: 1.0 if the last \boxed answer in the policy's own text is correct, else 0.0."""
+    r"""The reward R, whose mean is evaluation's accuracy: 1.0 if the last \boxed answer is correct, else 0.0."""
     answer = extract_answer(trajectory.text(tokenizer, policy_only=True))
     return float(answer is not None and verify(answer, trajectory.problem.answer))
 

@@ -105,14 +105,24 @@ class PartialCompletion:
 
 
 class Engine(Protocol):
-    """Samples completions for requests. The rollout loop calls `step` while `has_work` is true."""
+    """Samples completions for requests. The rollout loop calls `step` while `has_work` is true.
 
-    tokenizer: object
+    What a completion contains (`PartialCompletion` takes care of it, so engines should use it):
+    - A turn ends with an end token, else where the request's stop rule says so, else at the token limit. That last
+      token is part of the completion, with its log-prob, and no later one is.
+    - Log-probs are those of the distribution that was sampled from, after temperature, top-k and top-p. Greedy requests
+      report them at temperature 1. An unknown log-prob is NaN.
+
+    An id can be used again once its completion was returned or dropped. With many ranks, `add` and `step` must not wait
+    for other ranks, which have other requests. An exception that users can fix should derive from UserError.
+    """
+
+    tokenizer: object  # a Hugging Face tokenizer
     context: int  # context length of the model: a request must be shorter
 
     @property
     def reproducible(self) -> bool:
-        """Whether equal requests in equal order give equal bits.
+        """Whether equal requests, added before equal steps, give completions that are equal bit for bit.
 
         True for HFEngine on the CPU. False for HFEngine on a GPU, for vLLM and for HTTP.
         """
@@ -121,19 +131,23 @@ class Engine(Protocol):
         """Queue a request. Raises ValueError if the engine cannot serve it."""
 
     def step(self) -> list[Completion]:
-        """Advance sampling, and return the completions finished since the last call, in any order."""
+        """Advance sampling a little, and return the completions finished since the last call, in any order."""
 
     def has_work(self) -> bool:
-        """Whether any request is queued or being sampled."""
+        """Whether `step` has not returned the completion of some request yet."""
 
     def drop(self) -> None:
-        """Abort all requests: no later `step` returns their completions."""
+        """Abort all requests, and clear all caches, because an interrupted step may have left them incomplete."""
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load new weights and clear all caches."""
+        """Load new weights, clear all caches, and wake the engine up. Raises RuntimeError while requests are sampled.
+
+        named_parameters: full tensors under their Hugging Face names, tied parameters once. With many ranks, all of
+            them must iterate to the end. An engine that cannot update its weights raises RuntimeError.
+        """
 
     def sleep(self) -> None:
-        """Free the memory that only sampling needs, while a trainer uses the device."""
+        """Free the memory that only sampling needs, while a trainer uses the device, until `update_weights`."""
 
 
 def end_tokens(source: str, tokenizer) -> set[int]:
