@@ -1,8 +1,9 @@
-"""torchrun with gloo on the CPU: more ranks change nothing but who computes what, and one that fails ends all."""
+"""Tests of several ranks (gloo on the CPU): results equal those of one process, and a failing rank ends all ranks."""
 
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_learning import BAD, GOOD, RIGHT, WRONG, cold_start
-from test_trainer import read
+from test_trainer import read_metrics
 
 from thor.training.model import save_model
 
 ROOT = Path(__file__).parent.parent
 
 
-def torchrun(ranks: int, *command: str, cwd: Path) -> subprocess.CompletedProcess:
-    """`command` on so many ranks; on one as a plain process."""
-    start = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+RUN_RL, RUN_SFT, RUN_INFER = (str(ROOT / f"run_{name}.py") for name in ("rl", "sft", "infer"))
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *start, *command],
+        [sys.executable, *arguments],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -31,16 +33,31 @@ def torchrun(ranks: int, *command: str, cwd: Path) -> subprocess.CompletedProces
     )
 
 
-def assert_same(ours: list[dict], theirs: list[dict], tolerance: float = 1e-5) -> None:
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
+def torchrun(ranks: int, *command: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run `command` on this number of ranks. A single rank is an ordinary process without a launcher."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+    return python(*launcher, *command, cwd=cwd)
+
+
+def accelerate_launch(ranks: int, *command: str, cwd: Path) -> subprocess.CompletedProcess:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ["--multi_gpu", "--num_processes", str(ranks), "--num_machines", "1", "--mixed_precision", "no"]
+    flags += ["--dynamo_backend", "no", "--main_process_port", str(port)]
+    return python("-m", "accelerate.commands.launch", *flags, *command, cwd=cwd)
+
+
+def assert_same_metrics(actual: list[dict], expected: list[dict], tolerance: float = 1e-5) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
         assert a.keys() == b.keys()
         assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A folder with a model whose input and output embeddings are tied, problems, and rows of run_tirgen.py."""
+    """A folder with problems, rows of run_tirgen.py, and a model with tied input and output embeddings."""
     folder = tmp_path_factory.mktemp("work")
     model, tokenizer, _ = cold_start([GOOD, BAD], [RIGHT, WRONG], tie_word_embeddings=True)
     save_model(model, tokenizer, folder / "model")
@@ -61,9 +78,10 @@ RL += ["--lr", "1e-3", "--max_tokens_per_micro_batch", "60", "--save_every", "1"
 
 @pytest.fixture(scope="module")
 def one_rank(work) -> list[dict]:
-    done = torchrun(1, str(ROOT / "run_rl.py"), *RL, "--out", "rl1", cwd=work)
+    """Metrics of an RL run in a single process."""
+    done = torchrun(1, RUN_RL, *RL, "--out", "rl1", cwd=work)
     assert done.returncode == 0, done.stderr[-3000:]
-    return read(work / "rl1")
+    return read_metrics(work / "rl1")
 
 
 GRADIENTS = """
@@ -93,8 +111,9 @@ def trainer(settings, family="llama", value_head=False):
     made.optimizer = Gradient(model.parameters(), lr=0.0)
     return made
 
-def note(name, trainer, batch, loss):
+def record(name, trainer, batch, loss):
     metrics = trainer.step(batch, loss)
+    assert metrics["skipped"] == 0
     found[name] = torch.cat([trainer.optimizer.vector, torch.tensor([metrics["loss"]])])
 
 def random_batch(rng):
@@ -113,16 +132,16 @@ found = {}
 six = samples()
 for name, batch in {"both": six, "trajectories": six[:3], "one step": six[3:4], "all masked": six[5:]}.items():
     settings = Settings(max_tokens_per_micro_batch={1: 1000, 2: 9, 3: 1000}[ranks])
-    note(name, trainer(settings), batch, partial(hierarchical_loss, settings=settings))
-for seed in range(8):  # random samples in random micro-batches: all ranks, and only they, must draw the same
+    record(name, trainer(settings), batch, partial(hierarchical_loss, settings=settings))
+for seed in range(8):  # random samples, and a random budget that depends on the number of ranks
     batch, budget = random_batch(random.Random(seed)), random.Random(f"{seed} on {ranks}").randint(1, 60)
     settings = Settings(max_tokens_per_micro_batch=budget, estimator=("grpo", "ppo")[seed % 2], step_coef=0.7)
     made = trainer(settings, value_head=seed % 2)
     add_old_scores(made, batch, settings)
-    note(f"random {seed}", made, batch, partial(hierarchical_loss, settings=settings))
+    record(f"random {seed}", made, batch, partial(hierarchical_loss, settings=settings))
     batch = [Sample(s.trajectory) for s in batch]
-    batch += [] if any(s.trajectory.num_sampled for s in batch) else [six[0]]  # else the mean is over no tokens
-    note(f"sft {seed}", trainer(TrainSettings(max_tokens_per_micro_batch=budget)), batch, sft_loss)
+    batch += [] if any(s.trajectory.num_sampled for s in batch) else [six[0]]  # else the loss divides by 0
+    record(f"sft {seed}", trainer(TrainSettings(max_tokens_per_micro_batch=budget)), batch, sft_loss)
 for family in ("llama", "qwen2", "qwen3"):
     for observations in (True, False):
         for tree in (True, False):
@@ -132,7 +151,7 @@ for family in ("llama", "qwen2", "qwen3"):
                 t.logp_sampler = [-1.0] * len(t)
             settings = Settings(max_tokens_per_micro_batch=20, tree=tree)
             loss = partial(hierarchical_loss, settings=settings)
-            note((family, observations, tree), trainer(settings, family), batch, loss)
+            record((family, observations, tree), trainer(settings, family), batch, loss)
 if rank() == 0:
     torch.save(found, path)
 end_ranks()
@@ -141,7 +160,7 @@ end_ranks()
 
 @pytest.fixture(scope="module")
 def gradients(work) -> dict[int, dict]:
-    """Gradient and loss, in one vector, of many batches under their name; for each number of ranks."""
+    """For each number of ranks: name of a batch -> vector of its gradient and, last, its loss."""
     (work / "gradients.py").write_text(GRADIENTS)
     for ranks in (1, 2, 3):
         done = torchrun(ranks, "gradients.py", str(ranks), f"{ranks}.pt", cwd=work)
@@ -150,13 +169,13 @@ def gradients(work) -> dict[int, dict]:
 
 
 def assert_equal(one: torch.Tensor, other: torch.Tensor, name: object) -> None:
-    """Of two vectors of a gradient and, last, the loss."""
+    """Compare two vectors of a gradient and, last, the loss."""
     assert one.shape == other.shape and (one - other)[:-1].norm() <= 1e-5 * one[:-1].norm(), name
     assert one[-1].item() == pytest.approx(other[-1].item(), rel=1e-5, abs=1e-6), name
 
 
 def test_gradient_does_not_depend_on_the_number_of_ranks(gradients):
-    """Uneven numbers of tokens; ranks with samples of one level only, with none, and with masked ones; random ones."""
+    """Also with uneven numbers of tokens, one level only, fewer samples than ranks, or no action tokens."""
     one = gradients[1]
     assert len(one) == 4 + 8 + 8 + 12 and sum(bool(vector.any()) for vector in one.values()) > 25
     for ranks in (2, 3):
@@ -166,7 +185,7 @@ def test_gradient_does_not_depend_on_the_number_of_ranks(gradients):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_tree_equals_the_plain_way_when_sharded(gradients, ranks):
+def test_gradients_with_and_without_tree_are_equal_when_sharded(gradients, ranks):
     for name, vector in gradients[ranks].items():
         if name[-1] is True:
             assert_equal(vector, gradients[ranks][(*name[:-1], False)], (ranks, name))
@@ -174,117 +193,124 @@ def test_a_tree_equals_the_plain_way_when_sharded(gradients, ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_rl_on_many_ranks_gives_the_metrics_of_one(work, one_rank, ranks):
-    done = torchrun(ranks, str(ROOT / "run_rl.py"), *RL, "--out", f"rl{ranks}", cwd=work)
+def test_rl_on_several_ranks_gives_the_metrics_of_one_process(work, one_rank, ranks):
+    done = torchrun(ranks, RUN_RL, *RL, "--out", f"rl{ranks}", cwd=work)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(read(work / f"rl{ranks}"), one_rank)
+    assert_same_metrics(read_metrics(work / f"rl{ranks}"), one_rank)
     assert done.stdout.count("iteration 0: reward") == 1  # only rank 0 prints
-    whole, one = (load_file(work / name / "final/model.safetensors") for name in (f"rl{ranks}", "rl1"))
-    assert whole.keys() == one.keys()
+    many, one = (load_file(work / name / "final/model.safetensors") for name in (f"rl{ranks}", "rl1"))
+    assert many.keys() == one.keys()
     for name in one:
-        torch.testing.assert_close(whole[name], one[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(many[name], one[name], rtol=1e-3, atol=1e-4)
     configs = [json.loads((work / name / "final/config.json").read_text()) for name in (f"rl{ranks}", "rl1")]
     assert configs[0] == configs[1]
 
 
-def test_ppo_and_several_updates_on_two_ranks(work):
+def test_accelerate_launch_gives_the_metrics_of_one_process(work, one_rank):
+    done = accelerate_launch(2, RUN_RL, *RL, "--out", "accelerate", cwd=work)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_metrics(read_metrics(work / "accelerate"), one_rank)
+    assert done.stdout.count("iteration 0: reward") == 1  # two ranks, of which only rank 0 prints
+
+
+def test_ppo_with_several_updates_on_two_ranks_gives_the_metrics_of_one_process(work):
     flags = [*RL, "--estimator", "ppo", "--updates", "2", "--gradient_checkpointing", "True", "--kl_coef", "0.1"]
     for ranks in (1, 2):
-        done = torchrun(ranks, str(ROOT / "run_rl.py"), *flags, "--out", f"ppo{ranks}", cwd=work)
+        done = torchrun(ranks, RUN_RL, *flags, "--out", f"ppo{ranks}", cwd=work)
         assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(read(work / "ppo2"), read(work / "ppo1"))
+    assert_same_metrics(read_metrics(work / "ppo2"), read_metrics(work / "ppo1"))
     checkpoint = torch.load(work / "ppo2/checkpoints/latest.pt")["model"]
     assert checkpoint["value_head.weight"].shape == (2, 32) and checkpoint["value_head.weight"].any()
     assert not any("value_head" in name for name in load_file(work / "ppo2/final/model.safetensors"))
 
 
-def test_sft_on_two_ranks_gives_the_metrics_of_one(work):
+def test_sft_on_two_ranks_gives_the_metrics_of_one_process(work):
     flags = ["--data", "tir.jsonl", "--model", "model", "--device", "cpu", "--evaluate", "False", "--batch", "2"]
     for ranks in (1, 2):
-        done = torchrun(ranks, str(ROOT / "run_sft.py"), *flags, "--out", f"sft{ranks}", cwd=work)
+        done = torchrun(ranks, RUN_SFT, *flags, "--out", f"sft{ranks}", cwd=work)
         assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(read(work / "sft2"), read(work / "sft1"))
-    assert len(read(work / "sft1")) == 9
+    assert_same_metrics(read_metrics(work / "sft2"), read_metrics(work / "sft1"))
+    assert len(read_metrics(work / "sft1")) == 9
 
 
-@pytest.mark.parametrize(("ranks", "then"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks(work, one_rank, ranks, then):
-    """Killed on so many, resumed on others: the samples are seeded by problem and number, not by rank.
+@pytest.mark.parametrize(("ranks", "ranks_after"), [(2, 1), (1, 2)])
+def test_resume_on_another_number_of_ranks(work, one_rank, ranks, ranks_after):
+    """Samples are seeded by problem and sample number, not by rank.
 
-    Nor does it matter how many requests decode at once, and how the update is computed.
+    The resumed run may also change how many requests decode at once, and how the update is computed.
     """
     script = "import sys, run_rl\n"
     script += "import os, signal\n"
     script += "count = [0]\n"
-    script += "def step(*args, whole=run_rl.Trainer.step):\n"
+    script += "def step(*args, original=run_rl.Trainer.step):\n"
     script += "    count[0] += 1\n"
     script += "    if count[0] == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-    script += "    return whole(*args)\n"
+    script += "    return original(*args)\n"
     script += "run_rl.Trainer.step = step\n"
     script += "run_rl.run_main(run_rl.main, many_ranks=True)\n"
     (work / "killed.py").write_text(script)
-    out = f"from {ranks} to {then}"
+    out = f"from {ranks} to {ranks_after}"
     done = torchrun(ranks, "killed.py", *RL, "--out", out, cwd=work)
-    assert done.returncode != 0 and len(read(work / out)) == 2
-    way = ["--rows", "5", "--tree", "False", "--gradient_checkpointing", "True"] if then == 2 else []
-    done = torchrun(then, str(ROOT / "run_rl.py"), *RL, *way, "--out", out, "--resume", cwd=work)
+    assert done.returncode != 0 and len(read_metrics(work / out)) == 2
+    other = ["--rows", "5", "--tree", "False", "--gradient_checkpointing", "True"] if ranks_after == 2 else []
+    done = torchrun(ranks_after, RUN_RL, *RL, *other, "--out", out, "--resume", cwd=work)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(read(work / out), one_rank)
+    assert_same_metrics(read_metrics(work / out), one_rank)
 
 
-POISONED = """
+FAULTY = """
 import run_rl
 from thor.distributed import rank
 
-taken = -1
-FAULTS = {1: "loss", 3: "gradient", 5: "loss", 6: "gradient", 7: "loss"}  # of these optimizer steps
+count = -1
+FAULTS = {1: "loss", 3: "gradient", 5: "loss", 6: "gradient", 7: "loss"}  # by number of the optimizer step
 
-def poisoned(trainer, samples, loss, whole=run_rl.Trainer.step):
-    global taken
-    taken += 1
+def step_with_fault(trainer, samples, loss, original=run_rl.Trainer.step):
+    global count
+    count += 1
 
-    def loss_of_rank(batch, scores):
+    def loss_with_fault(batch, scores):
         value, info = loss(batch, scores)
-        if rank() != 1 or taken not in FAULTS:
+        if rank() != 1 or count not in FAULTS:
             return value, info
-        if FAULTS[taken] == "loss":
+        if FAULTS[count] == "loss":
             return value * float("nan"), info
-        zero = value - value.detach()  # its square root has an infinite slope
+        zero = value - value.detach()  # the gradient of its square root is infinite
         return value + zero.sqrt(), info
 
-    return whole(trainer, samples, loss_of_rank)
+    return original(trainer, samples, loss_with_fault)
 
-run_rl.Trainer.step = poisoned
+run_rl.Trainer.step = step_with_fault
 run_rl.run_main(run_rl.main, many_ranks=True)
 """
 
 
-def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_stops_all(work):
-    """NaN losses, and infinite gradients of finite losses, on rank 1 alone; the last three in a row."""
-    (work / "poisoned.py").write_text(POISONED)
-    flags = [*RL, "--updates", "2", "--iterations", "5", "--out", "poisoned"]
-    done = torchrun(2, "poisoned.py", *flags, cwd=work)
+def test_non_finite_step_of_one_rank_is_skipped_by_all_ranks(work):
+    """Rank 1 has NaN losses, and infinite gradients of finite losses. The last three in a row stop the run."""
+    (work / "faulty.py").write_text(FAULTY)
+    flags = [*RL, "--updates", "2", "--iterations", "5", "--out", "faulty"]
+    done = torchrun(2, "faulty.py", *flags, cwd=work)
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert done.returncode != 0 and len(errors) == 1 and "3 optimizer steps in a row" in errors[0], done.stderr[-3000:]
-    lines = read(work / "poisoned")
+    lines = read_metrics(work / "faulty")
     assert [line["skipped"] for line in lines] == [1, 1, 1, 2]
-    # logged is an iteration's last step: 1, 3, 5 and 7
+    # an iteration logs its last step: 1, 3, 5 and 7
     assert [line["loss"] is None for line in lines] == [True, False, True, True]
     assert [line["grad_norm"] for line in lines] == [None] * 4
-    dumps = [path.name for path in (work / "poisoned/skipped").iterdir()]
+    dumps = [path.name for path in (work / "faulty/skipped").iterdir()]
     assert {name[:8] for name in dumps} == {"000000-1", "000001-1", "000002-1", "000003-0", "000003-1"}
-    checkpoint = torch.load(work / "poisoned/checkpoints/latest.pt")
+    checkpoint = torch.load(work / "faulty/checkpoints/latest.pt")
     assert checkpoint["state"]["iteration"] == 4
     assert all(torch.isfinite(p).all() for p in checkpoint["model"].values())
-    done = torchrun(1, str(ROOT / "run_rl.py"), *flags, "--resume", cwd=work)
-    assert done.returncode == 0 and read(work / "poisoned")[4]["skipped"] == 0, done.stderr[-3000:]
+    done = torchrun(1, RUN_RL, *flags, "--resume", cwd=work)
+    assert done.returncode == 0 and read_metrics(work / "faulty")[4]["skipped"] == 0, done.stderr[-3000:]
 
 
-def test_a_failing_rank_ends_all_with_its_message(work):
+def test_failing_rank_ends_all_ranks_with_its_traceback(work):
     script = "import run_rl\nfrom thor.distributed import rank\n"
-    script += "def step(*args, whole=run_rl.Trainer.step):\n"
+    script += "def step(*args, original=run_rl.Trainer.step):\n"
     script += "    if rank() == 1: raise RuntimeError('the disk of rank one is full')\n"
-    script += "    return whole(*args)\n"
+    script += "    return original(*args)\n"
     script += "run_rl.Trainer.step = step\n"
     script += "run_rl.run_main(run_rl.main, many_ranks=True)\n"
     (work / "fails.py").write_text(script)
@@ -293,11 +319,11 @@ def test_a_failing_rank_ends_all_with_its_message(work):
     assert "rank 0: " not in done.stderr and not (work / "fails/final").exists()
 
 
-def test_a_rank_that_hangs_is_given_up(work):
+def test_hanging_rank_ends_the_run_after_the_timeout(work):
     script = "import time, run_rl\nfrom thor.distributed import rank\n"
-    script += "def step(*args, whole=run_rl.Trainer.step):\n"
+    script += "def step(*args, original=run_rl.Trainer.step):\n"
     script += "    if rank() == 1: time.sleep(1000)\n"
-    script += "    return whole(*args)\n"
+    script += "    return original(*args)\n"
     script += "run_rl.Trainer.step = step\n"
     script += "run_rl.run_main(run_rl.main, many_ranks=True)\n"
     (work / "hangs.py").write_text(script)
@@ -306,21 +332,21 @@ def test_a_rank_that_hangs_is_given_up(work):
 
 
 @pytest.mark.parametrize(
-    ("script", "lacking", "line"),
+    ("script", "faulty_ranks", "line"),
     [
         ("rl", [0, 1], "error: --data missing.jsonl"),
         ("rl", [0], "error: --data missing.jsonl"),
         ("sft", [1], "error: rank 1: --data missing.jsonl"),
     ],
 )
-def test_bad_input_of_any_rank_is_one_line_for_all(work, script, lacking, line):
-    """A node may lack what others have. No rank is aborted (-6): each ends by itself, or torchrun ends it (-15)."""
-    start = f"import sys, run_{script}\nfrom thor.distributed import rank\n"
-    start += f"if rank() in {lacking}: sys.argv[sys.argv.index('--data') + 1] = 'missing.jsonl'\n"
-    start += f"run_{script}.run_main(run_{script}.main, many_ranks=True)\n"
-    (work / "lacks.py").write_text(start)
+def test_bad_input_of_any_rank_is_a_one_line_error(work, script, faulty_ranks, line):
+    """A file may be missing on one node only. No rank aborts (-6): each exits, or torchrun terminates it (-15)."""
+    code = f"import sys, run_{script}\nfrom thor.distributed import rank\n"
+    code += f"if rank() in {faulty_ranks}: sys.argv[sys.argv.index('--data') + 1] = 'missing.jsonl'\n"
+    code += f"run_{script}.run_main(run_{script}.main, many_ranks=True)\n"
+    (work / "missing.py").write_text(code)
     flags = ["--data", "data.jsonl" if script == "rl" else "tir.jsonl", "--model", "model", "--device", "cpu"]
-    done = torchrun(2, "lacks.py", *flags, "--out", "bad", cwd=work)
+    done = torchrun(2, "missing.py", *flags, "--out", "bad", cwd=work)
     errors = [text for text in done.stderr.splitlines() if "error:" in text]
     assert done.returncode != 0 and len(errors) == 1 and line in errors[0], done.stderr[-3000:]
     codes = set(re.findall(r"exitcode +: (-?\d+)", done.stderr))
@@ -328,6 +354,6 @@ def test_bad_input_of_any_rank_is_one_line_for_all(work, script, lacking, line):
     assert not (work / "bad").exists()
 
 
-def test_other_scripts_refuse_many_ranks(work):
-    done = torchrun(2, str(ROOT / "run_infer.py"), "question?", "--model", "model", cwd=work)
+def test_other_scripts_reject_several_ranks(work):
+    done = torchrun(2, RUN_INFER, "question?", "--model", "model", cwd=work)
     assert done.returncode != 0 and "started as 2 processes, but supports one only" in done.stderr
