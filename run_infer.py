@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     with user_errors():
         if settings.question and settings.data:
-            raise UserError("a question and --data exclude each other")
+            raise UserError("a question cannot be combined with --data")
         if settings.self_correct and settings.temperature == 0:
             raise UserError("--temperature 0: greedy sampling would repeat its failures; add --self_correct 0")
         run = None if settings.question else Run(settings.out, settings, settings.resume)

@@ -20,7 +20,7 @@ One iteration, with policy pi_theta (paper, section 3.2):
 With --estimator ppo, A comes from GAE on a value head, token by token, and value_coef times a value loss is added to l.
 
 With HFEngine on the CPU a run is reproducible bit for bit, also when it is killed and resumed (set --kv_tokens if
-scarce memory limits how many requests decode at once). On GPUs it is not, because kernels add in any order.
+scarce memory limits how many requests decode at once). On GPUs it is not, because kernels sum in no fixed order.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 from thor.data import load_problems
 from thor.distributed import barrier, cpu_workers, gather, rank, start_ranks, world_size
-from thor.engines import HFEngine, VLLMEngine
+from thor.engines import HFEngine, VLLMEngine, is_reproducible
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
-from thor.rollout import Sampling, drive, is_reproducible, regenerate_step, solve
+from thor.rollout import Sampling, drive, regenerate_step, solve
 from thor.run_folder import Run
 from thor.sandbox import Executor
 from thor.settings import UserError, derive_seed, parse_settings, run_main, setting, user_errors
@@ -55,19 +55,21 @@ from thor.verify import grade
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    """Flags of run_rl.py, beside those of TrainSettings."""
+    """Flags of run_rl.py, in addition to those of TrainSettings."""
 
     data: str = setting("synthetic", "problems: 'synthetic', a file, a benchmark or a hub data set", "data")
     split: str = setting("train", "split of 'synthetic' or of a hub data set", "data")
     limit: int = setting(512, "number of problems, the first ones of a file", "data", min=1)
     model: str = setting("runs/sft/final", "name of the demo model, folder or hub id", "model")
     sampler: Literal["hf", "vllm"] = setting("hf", "engine; 'hf' shares the trainer's weights", "model")
-    prompts: int = setting(4, "P, problems and at most failed steps per iteration (paper: 128)", "sampling", min=1)
+    prompts: int = setting(
+        4, "P, problems and at most as many failed steps per iteration (paper: 128)", "sampling", min=1
+    )
     group: int = setting(8, "G, trajectories per problem and samples per failed step (paper: 16)", "sampling", min=1)
-    max_draws: int = setting(2, "largest number of draws of problems per iteration", "sampling", min=1)
-    max_tokens: int = setting(144, "longest response in tokens (paper: 3,200)", "sampling", min=1)
+    max_draws: int = setting(2, "maximum number of times that problems are drawn per iteration", "sampling", min=1)
+    max_tokens: int = setting(144, "maximum response length in tokens (paper: 3,200)", "sampling", min=1)
     max_rounds: int = setting(2, "tool calls per trajectory (paper: 5)", "sampling", min=0)
-    temperature: float = setting(1.0, "of sampler and trainer (paper: 1.0)", "sampling")
+    temperature: float = setting(1.0, "sampling temperature, also used in training (paper: 1.0)", "sampling")
     suffix_tokens: int = setting(100, "L_suffix, thought tokens to regenerate (paper: 100)", "sampling", min=0)
     timeout: float = setting(5.0, "seconds a snippet may run", "sampling")
     estimator: Literal["grpo", "ppo"] = setting("grpo", "advantages from groups or from a value head", "objective")
@@ -80,17 +82,17 @@ class Settings(TrainSettings):
     kl_coef: float = setting(0.0, "weight of the KL to the initial model, k3 estimate (paper: 0)", "objective")
     entropy_coef: float = setting(0.0, "weight of an entropy bonus (paper: 0)", "objective")
     drop_failed_code: bool = setting(True, "end and drop trajectories with failed code", "objective")
-    min_tokens: int = setting(8, "shorter responses are improper, in tokens", "objective")
-    box_window: int = setting(100, "the last \\boxed must start in so many last characters", "objective")
+    min_tokens: int = setting(8, "minimum response length in tokens", "objective")
+    box_window: int = setting(100, "the last \\boxed must start within this many characters of the end", "objective")
     gamma: float = setting(1.0, "ppo: discount per action token", "objective")
     gae_lambda: float = setting(0.95, "ppo: lambda of GAE", "objective")
     value_coef: float = setting(0.5, "ppo: weight of the value loss", "objective")
-    value_clip: float = setting(0.2, "ppo: largest change of a value in an iteration", "objective")
+    value_clip: float = setting(0.2, "ppo: clip range of the value function", "objective")
     whiten: bool = setting(False, "ppo: scale the advantages of each level to mean 0 and std 1", "objective")
     iterations: int = setting(3, "iterations of sampling and updating", "optimisation", min=1)
     updates: int = setting(1, "optimizer steps per iteration", "optimisation", min=1)
     lr: float = setting(2e-5, "learning rate, constant (paper: 1e-6)", "optimisation")
-    value_lr: float = setting(1e-3, "ppo: learning rate of the value head, which starts at 0", "optimisation")
+    value_lr: float = setting(1e-3, "ppo: learning rate of the value head (initialised to 0)", "optimisation")
     rows: int = setting(64, "requests that decode at once", "memory", min=1)
     kv_tokens: int = setting(0, "size of the KV cache in tokens; 0: half of the free memory", "memory", min=0)
     out: str = setting("runs/rl", "run folder to write", "run")
@@ -102,7 +104,7 @@ REJECT_REASONS = ("infra", "failed_code", "unfinished", "short", "no_box")
 
 
 def reject_reason(trajectory: Trajectory, text: str, settings: Settings) -> str:
-    """Why a trajectory is improper and not learned from, one of REJECT_REASONS, or '' if it is proper."""
+    """Why a trajectory is improper and not used for training, one of REJECT_REASONS, or '' if it is proper."""
     if trajectory.finish == "infra":
         return "infra"
     if settings.drop_failed_code and any(step.failed for step in trajectory.steps):
@@ -115,7 +117,7 @@ def reject_reason(trajectory: Trajectory, text: str, settings: Settings) -> str:
 
 
 def no_signal_reason(rewards: list[float], group: int, estimator: str = "grpo") -> str:
-    """Why a group is not learned from: 'thin' (under half of its samples are proper), 'equal' rewards, or ''.
+    """Why a group is not used for training: 'thin' (under half of its samples are proper), 'equal' rewards, or ''.
 
     PPO's baseline is the value head, so every sample carries a signal, also in a group of equal rewards.
     """
@@ -382,6 +384,7 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
     if settings.estimator == "ppo":
         add_value_head(model)
     trainer = Trainer(model, run, settings, settings.temperature, settings.value_lr, reference)
+    run.rewind("trajectories.jsonl", lambda record: record["step"] < trainer.state["iteration"])
     loss = partial(hierarchical_loss, settings=settings)
     for iteration in trainer.iterations(settings.iterations, "rl", "iteration"):
         clock = [time.perf_counter()]
@@ -420,8 +423,8 @@ def log(run: Run, iteration: int, trajectories, counts: Counter, metrics: dict, 
     run.log(iteration, {**rollout, **counts, **per_token(metrics), **seconds})
     if "loss" not in metrics:
         tqdm.write(
-            f"iteration {iteration}: nothing to learn, no group carries a signal after {counts['draws']} draws of "
-            f"problems ({dict(counts)}). Easier or harder problems, or a larger --group, help."
+            f"iteration {iteration}: no update, because no group carries a signal after {counts['draws']} draws "
+            f"({dict(counts)}). Try easier or harder problems, or a larger --group."
         )
     groups = counts["groups_kept"] + counts["groups_equal"] + counts["groups_thin"]
     tqdm.write(
@@ -442,7 +445,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(settings.out, settings, settings.resume)
     with user_errors("--data"):
         problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
-    with Executor(workers=cpu_workers(), timeout=settings.timeout) as executor:
+    with run, Executor(workers=cpu_workers(), timeout=settings.timeout) as executor:
         with user_errors():
             model, tokenizer = load_model(settings.model, device)
             if settings.sampler == "vllm":

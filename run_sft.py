@@ -35,7 +35,7 @@ from thor.trajectory import Problem, Trajectory
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    """Flags of run_sft.py, beside those of TrainSettings."""
+    """Flags of run_sft.py, in addition to those of TrainSettings."""
 
     data: str = setting("runs/tirgen/tir.jsonl", "trajectories from run_tirgen.py", "data")
     max_length: int = setting(1024, "skip longer trajectories, in tokens (paper: 20,000)", "data")
@@ -83,7 +83,7 @@ def to_ledger(problem: Problem, segments: list[tuple[str, bool]], tokenizer) -> 
 
 def sft_loss(batch: Batch, scores: Scores) -> tuple[torch.Tensor, dict[str, float]]:
     """-sum(logp) / action tokens of the optimizer batch, for the N tokens of a micro-batch. Returns (loss, {})."""
-    return -scores.logp.sum() / batch.counts.trajectory, {}
+    return -scores.logp.sum() / max(1, batch.counts.trajectory), {}
 
 
 def batches_of(count: int, settings: Settings) -> list[list[int]]:
@@ -124,9 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():  # after all ranks have checked their input
         run.start()
     tokens = sum(t.num_sampled for t in rows)
-    print(f"{len(rows)} trajectories, {tokens} tokens to learn, {len(everything) - len(rows)} skipped as too long")
+    print(f"{len(rows)} trajectories, {tokens} tokens to train on, {len(everything) - len(rows)} skipped as too long")
 
-    with Executor(workers=cpu_workers(), timeout=5.0) as executor:
+    with run, Executor(workers=cpu_workers(), timeout=5.0) as executor:
         engine = HFEngine(sampling_copy(model), tokenizer) if settings.evaluate else None
         if engine and rank() == 0 and not (run / "eval_base.json").exists():
             base, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "base model")

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from thor.data import load_problems
 from thor.demo import DEMO_MODEL, few_shot_actor, few_shot_critic
-from thor.engines import Engine, Request, load_engine
+from thor.engines import Engine, Request, is_reproducible, load_engine
 from thor.prompts import ACTOR_INSTRUCT, CRITIC_INSTRUCT, observation_text, render_chat, tir_step
-from thor.rollout import Ask, Task, drive, is_reproducible
+from thor.rollout import Ask, Task, drive
 from thor.run_folder import Run, write_atomic
 from thor.sandbox import Executor
 from thor.settings import derive_seed, parse_settings, run_main, setting, user_errors
@@ -387,7 +387,7 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
         run.append("drafts.jsonl", {"name": todo[i], **dataclasses.asdict(draft)})
         correct += is_correct(draft)
         bar.update()
-        bar.set_postfix(right=correct)
+        bar.set_postfix(correct=correct)
 
     with tqdm(total=len(names), initial=len(drafts), desc="tirgen", unit="try") as bar:
         tasks = [loop.generate(names[name], name) for name in todo]

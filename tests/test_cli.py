@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from conftest import byte_tokenizer, tiny_llama
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -314,7 +315,9 @@ def test_check_trackers_rejects_trackers_that_are_not_installed(monkeypatch):
 def test_tensorboard_files_are_written_only_if_requested(tmp_path, report_to, written):
     run = Run(str(tmp_path / "r"), Demo(report_to=report_to), resume=False)
     run.start()
-    run.log(0, {"a": 1.0, "b": float("nan")})
+    with run:
+        run.start_trackers(0)
+        run.log(0, {"a": 1.0, "b": float("nan")})
     assert any("tfevents" in path.name for path in run.folder.rglob("*")) == written
     assert len(run.read("metrics.jsonl")) == 1
 
@@ -323,22 +326,64 @@ def test_resumed_run_hides_the_tensorboard_points_that_it_rewrites(tmp_path):
     settings = Demo(report_to="tensorboard")
     first = Run(str(tmp_path / "r"), settings, resume=False)
     first.start()
-    for step in range(3):
-        first.log(step, {"a": 10.0 + step})
+    with first:
+        first.start_trackers(0)
+        for step in range(3):
+            first.log(step, {"a": 10.0 + step})
     time.sleep(1)  # TensorBoard orders event files by name, which contains the time in seconds
     resumed = Run(str(tmp_path / "r"), settings, resume=True)
-    resumed.start()
-    resumed.log(1, {"a": 21.0})
+    with resumed:
+        resumed.start_trackers(1)
+        resumed.log(1, {"a": 21.0})
     events = EventAccumulator(str(tmp_path / "r" / "tensorboard"))
     events.Reload()
     assert [(point.step, point.value) for point in events.Scalars("a")] == [(0, 10.0), (1, 21.0)]
+
+
+class Tracker:
+    """Stands in for a tracker of accelerate."""
+
+    requires_logging_directory, calls = False, []
+
+    def __init__(self, project, name):
+        self.calls.append(("init", project, name))
+
+    def start(self):
+        if self.fails:
+            raise RuntimeError("not\nlogged in")
+
+    def store_init_configuration(self, config):
+        self.calls.append(("config", config["lr"]))
+
+    def log(self, values, step):
+        self.calls.append((step, values))
+
+    def finish(self):
+        self.calls.append("finish")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_trackers_are_started_and_finished_even_after_an_error(tmp_path, monkeypatch, fails):
+    monkeypatch.setattr("thor.run_folder.get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    monkeypatch.setattr(Tracker, "calls", [])
+    monkeypatch.setattr(Tracker, "fails", fails, raising=False)
+    run = Run(str(tmp_path / "r"), Demo(report_to="wandb"), resume=False)
+    run.start()
+    error = pytest.raises(UserError, match="--report_to wandb: not logged in") if fails else pytest.raises(ValueError)
+    with error, run:
+        run.start_trackers(0)
+        run.log(0, {"a": 1.0, "b": float("nan")})
+        raise ValueError
+    rest = [] if fails else [("config", 0.5), (0, {"a": 1.0}), "finish"]
+    assert Tracker.calls == [("init", "thor", "r"), *rest]
 
 
 # ---- printed results ------------------------------------------------------------------------------------------------
 
 
 def trajectory(reward: float, passed: list[bool], sampled: int, discarded: int = 0, finish: str = "stop") -> Trajectory:
-    """A trajectory whose blocks passed or failed, with so many sampled and discarded tokens."""
+    """A trajectory whose blocks passed or failed, with these numbers of sampled and discarded tokens."""
     steps = [Step(i, i, i, i, "x", ExecResult("ok" if p else "error")) for i, p in enumerate(passed)]
     t = Trajectory(Problem("p", "q"), [1], steps=steps, reward=reward, discarded=discarded, finish=finish)
     t.append_sampled([1] * sampled, [0.0] * sampled)

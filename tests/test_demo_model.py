@@ -64,7 +64,7 @@ def test_model_is_prepared_once_and_then_cached(cache, monkeypatch):
     assert path == cache / dm.DEMO_MODEL
     assert (path / "model.safetensors").read_bytes() == b"weights"
     assert sorted(p.name for p in cache.iterdir()) == [dm.DEMO_MODEL, f"{dm.DEMO_MODEL}.lock"]
-    monkeypatch.setattr(dm, "prepare", None)
+    monkeypatch.setattr(dm, "build_model", None)
     monkeypatch.setattr(subprocess, "Popen", None)
     cache.chmod(0o500)  # a prepared model needs no write access
     assert dm.demo_model() == path

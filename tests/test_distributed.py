@@ -140,7 +140,6 @@ for seed in range(8):  # random samples, and a random budget that depends on the
     add_old_scores(made, batch, settings)
     record(f"random {seed}", made, batch, partial(hierarchical_loss, settings=settings))
     batch = [Sample(s.trajectory) for s in batch]
-    batch += [] if any(s.trajectory.num_sampled for s in batch) else [six[0]]  # else the loss divides by 0
     record(f"sft {seed}", trainer(TrainSettings(max_tokens_per_micro_batch=budget)), batch, sft_loss)
 for family in ("llama", "qwen2", "qwen3"):
     for observations in (True, False):

@@ -39,3 +39,10 @@ def test_resumed_evaluation_gives_the_same_summary(tokenizer):
     resumed = run(PROBLEMS, finished=[saved[3], saved[1]])
     assert resumed[:2] == (summary, trajectories)
     assert {request.id for request in resumed[2].requests} == {"p0#0", "p2#0"}
+
+
+def test_repeated_problems_are_separate_samples(tokenizer):
+    engine, executor = ScriptedEngine(tokenizer, reply), ScriptedExecutor(passes_unless_bad)
+    summary, trajectories = evaluate(engine, executor, [PROBLEMS[0]] * 3, SAMPLING, "test")
+    assert summary["problems"] == 3 and len({id(t) for t in trajectories}) == 3
+    assert {request.id for request in engine.requests} == {"p0#0", "p0#1", "p0#2"}

@@ -13,6 +13,8 @@ from torch import nn
 from thor import fast_cpu
 from thor.engines import HFEngine, Request
 from thor.fast_cpu import AVAILABLE, OneDNNLinear, optimize_for_cpu, save_fewer_activations, use_onednn
+from thor.training.model import prepare
+from thor.training.scoring import score_tokens
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="oneDNN linear layers need an x86 CPU")
 ROOT = Path(__file__).parent.parent
@@ -87,6 +89,19 @@ def test_parameter_names_stay_and_other_dtypes_use_torch():
 
 
 # ---- packed weights -------------------------------------------------------------------------------------------------
+
+
+def test_training_one_model_frees_the_packed_weights_of_its_sampling_copy(tokenizer):
+    """With several ranks, an engine samples from a copy of the model that is trained."""
+    model = tiny_llama(tokenizer)
+    prepare(model)
+    clone = copy.deepcopy(model)
+    engine = HFEngine(clone, tokenizer)
+    complete(engine, [Request("a", [1, 2, 3], 4)])
+    packed = [module for module in clone.modules() if isinstance(module, OneDNNLinear) and module.packed]
+    assert len(packed) == 15
+    score_tokens(model, [[1, 2, 3]], [[1, 2]], 1.0)
+    assert not any(layer.packed for layer in packed)
 
 
 @torch.inference_mode()
@@ -215,7 +230,7 @@ def test_first_pass_outside_inference_mode_frees_memory_once(monkeypatch, gradie
         assert not any(packed_layers(model)) and len(trims) == expected
 
 
-def test_deep_copy_packs_and_frees_its_own_weights():
+def test_deep_copy_packs_its_own_weights():
     model, ids = optimized_model(), torch.arange(30)[None]
     with torch.inference_mode():
         expected = model(ids, use_cache=False).logits
@@ -227,8 +242,9 @@ def test_deep_copy_packs_and_frees_its_own_weights():
     with torch.inference_mode():
         assert torch.equal(model(ids, use_cache=False).logits, expected)
         assert (clone(ids, use_cache=False).logits - expected).abs().max() > 0.01
+    assert all(packed_layers(model)) and all(packed_layers(clone))
     clone(ids, use_cache=False)
-    assert all(packed_layers(model)) and not any(packed_layers(clone))
+    assert not any(packed_layers(model)) and not any(packed_layers(clone))
 
 
 def test_engine_samples_with_packed_weights_and_follows_updates():

@@ -44,7 +44,7 @@ def cold_start(blocks: list[str], answers: list[str], **changes):
         for answer in answers:
             segments = [("a" + block, True), (observation_text(OUTPUTS[block], block), False), (answer, True)]
             rows.append(to_ledger(Problem("p", "q"), segments, tokenizer))
-    settings = TrainSettings(max_tokens_per_micro_batch=4000)
+    settings = TrainSettings(max_tokens_per_micro_batch=4000, report_to="none")
     trainer = Trainer(model, Run("never written", settings, resume=True), settings)
     trainer.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):

@@ -40,7 +40,7 @@ from run_rl import (
     value_loss,
 )
 from run_sft import sft_loss
-from thor.attention import Tree, micro_batches
+from thor.attention import Tree, distinct_tokens, micro_batches
 from thor.engines import HFEngine
 from thor.rollout import Sampling, drive, regenerate_step, solve
 from thor.run_folder import Run
@@ -324,8 +324,9 @@ class Gradient(torch.optim.SGD):
 def trainer_of(model, settings: TrainSettings, folder: str = "never written") -> Trainer:
     """A trainer whose optimizer only keeps the gradient. It writes to `folder` only if a step is skipped."""
     prepare(model)
+    settings = replace(settings, clip=1e9, report_to="none")
     temperature = getattr(settings, "temperature", 1.0)
-    trainer = Trainer(model, Run(folder, settings, resume=True), replace(settings, clip=1e9), temperature)
+    trainer = Trainer(model, Run(folder, settings, resume=True), settings, temperature)
     trainer.optimizer = Gradient(model.parameters(), lr=0.0)
     return trainer
 
@@ -585,7 +586,7 @@ def test_micro_batches_contain_all_sequences_and_keep_the_budget(tree, sequences
     for batch in batches:
         rows = [sequences[b] for b in batch]
         tokens = len(Tree(rows, share=tree).token_ids)
-        assert tokens <= budget or len(batch) == 1
+        assert tokens == distinct_tokens(rows, tree) and (tokens <= budget or len(batch) == 1)
 
 
 def test_gradient_checkpointing_recomputes_layers_with_equal_gradients(tokenizer):

@@ -392,3 +392,13 @@ def test_sft_killed_five_times_gives_the_same_metrics_bit_for_bit(tmp_path, mode
     kills = [("update", 9), ("checkpoint", 1), ("log", 5), ("rename", 4), ("link", 2)]
     killed, uninterrupted, _ = run_with_kills(tmp_path, "sft", flags, kills)
     assert killed == uninterrupted and len(uninterrupted) == 12
+
+
+def test_checkpoint_of_another_version_is_refused_and_metrics_stay(run, tokenizer):
+    run.log(0, {"loss": 1.0})
+    (run / "checkpoints").mkdir()
+    torch.save({"model": {}, "progress": {"step": 5}}, run / "checkpoints/000005.pt")
+    (run / "checkpoints/latest.pt").symlink_to("000005.pt")
+    with pytest.raises(UserError, match=r"latest.pt: not a checkpoint of this version"):
+        Trainer(tiny_llama(tokenizer), run, SETTINGS)
+    assert len(run.read("metrics.jsonl")) == 1

@@ -11,6 +11,7 @@ Shapes: B sequences, T tokens of the row, H query heads, K key/value heads, D he
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -177,6 +178,13 @@ def micro_batches(sequences: list[list[int]], budget: int, tree: bool = True) ->
         last = new
     if batch:
         yield batch
+
+
+def distinct_tokens(sequences: list[list[int]], tree: bool = True) -> int:
+    """Length of the row of a `Tree`, without building it."""
+    ordered = sorted(sequences)
+    shared = sum(common_prefix(a, b) for a, b in pairwise(ordered)) if tree else 0
+    return sum(map(len, ordered)) - shared
 
 
 def common_prefix(a: list[int], b: list[int], start: int = 0) -> int:

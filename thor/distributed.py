@@ -1,8 +1,8 @@
 """Data-parallel training: many processes (ranks) that run the same script, started by torchrun or accelerate launch.
 
-Every rank holds the whole list of samples and takes the same decisions from it. Only the work is divided: which prompts
+Every rank holds the whole list of samples and makes the same decisions. Only the work is divided: which prompts
 a rank samples (`gather` then gives the results to all ranks) and which micro-batches it computes. The number of ranks
-therefore changes nothing but the time. Parameters, gradients and optimizer state are sharded (thor/training/model.py).
+therefore changes only the run time. Parameters, gradients and optimizer state are sharded (thor/training/model.py).
 """
 
 from __future__ import annotations
@@ -39,26 +39,27 @@ def start_ranks(device: str, timeout: float) -> str:
     """Join the process group, if a launcher started several ranks, and return this rank's device.
 
     device: 'cpu', 'cuda', or 'auto' (a GPU if there is one). timeout: seconds that a rank waits for the others.
-    A single CPU process has no group. A single GPU gets a group of one, so that it shards and rounds as many GPUs do.
+    A single CPU process has no group. A single GPU gets a group of one, so that sharding and rounding match many GPUs.
     Raises ValueError for 'cuda' without a GPU.
     """
     global _store
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU is available to torch")
-    cpu = device == "cpu" or not torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        device = "cpu" if cpu else str(PartialState().device)
-        if not cpu and not dist.is_initialized():
-            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-        return device
+    cpu, ranks = device == "cpu" or not torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
+    if cpu and ranks == 1:
+        return "cpu"
+    if not cpu:
+        torch.cuda.set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))  # PartialState needs the variable
+    group = {}
     if not dist.is_initialized():
-        _store, number, size = next(dist.rendezvous("env://"))
-        group = {"store": _store, "rank": number, "world_size": size, "timeout": timedelta(seconds=timeout)}
-        # gloo beside nccl: objects are exchanged between CPUs
-        PartialState(cpu, **group) if cpu else PartialState(backend="cpu:gloo,cuda:nccl", **group)
+        _store, number, size = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+        # with GPUs gloo too, which exchanges objects between CPUs
+        group = {"backend": "gloo" if cpu else "cpu:gloo,cuda:nccl", "timeout": timedelta(seconds=timeout)}
+        group |= {"store": _store, "rank": number, "world_size": size}
+    state = PartialState(cpu=cpu, **group)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
-    return "cpu" if cpu else str(PartialState().device)
+    return "cpu" if cpu else str(state.device)
 
 
 def first_to_fail() -> bool:
@@ -84,7 +85,9 @@ def end_ranks(code: int = 0) -> None:
 
 def gather(value: Any) -> list[Any]:
     """The `value` of every rank, in rank order, on every rank."""
-    return [value] if world_size() == 1 else gather_object([value])
+    values = [value] if world_size() == 1 else gather_object([value])
+    assert len(values) == world_size(), "the process group was not started by start_ranks"
+    return values
 
 
 def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:

@@ -8,8 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 from thor.data import load_problems
-from thor.engines import Engine
-from thor.rollout import Sampling, is_reproducible, solve
+from thor.engines import Engine, is_reproducible
+from thor.rollout import Sampling, solve
 from thor.sandbox import Executor
 from thor.trajectory import Problem, Trajectory
 from thor.verify import grade
@@ -87,24 +87,27 @@ def evaluate(
     save: called with each new trajectory once it is graded. The order depends on when trajectories end.
     options: passed to `solve`.
     """
-    graded = {trajectory.problem.id: trajectory for trajectory in finished}
-    todo = [problem for problem in problems if problem.id not in graded]
+    known: dict[str, list[Trajectory]] = {}
+    for trajectory in finished:
+        known.setdefault(trajectory.problem.id, []).append(trajectory)
+    trajectories = [known[p.id].pop(0) if known.get(p.id) else None for p in problems]
+    todo = [i for i, trajectory in enumerate(trajectories) if trajectory is None]
     correct = sum(trajectory.reward for trajectory in finished)
 
     def done(i: int, trajectory: Trajectory) -> None:
         nonlocal correct
         trajectory.reward = grade(trajectory, engine.tokenizer)
-        graded[trajectory.problem.id] = trajectory
+        trajectories[todo[i]] = trajectory
         correct += trajectory.reward
         if save:
             save(trajectory)
         bar.update()
-        bar.set_postfix(right=int(correct))
+        bar.set_postfix(correct=int(correct))
 
     deterministic = is_reproducible(engine)
     with tqdm(total=len(problems), initial=len(problems) - len(todo), desc=name, unit="problem") as bar:
-        solve(engine, executor, todo, sampling, done=done, deterministic=deterministic, **options)
-    trajectories = [graded[problem.id] for problem in problems]
+        new = [problems[i] for i in todo]
+        solve(engine, executor, new, sampling, done=done, deterministic=deterministic, **options)
     return summarize(trajectories), trajectories
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import weakref
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,35 +38,23 @@ PACKED_ROWS = 64  # batch size the packed layout is tuned for; it accepts any ba
 def optimize_for_cpu(model: PreTrainedModel) -> None:
     """Make a float32 model faster and smaller on the CPU, in place. Idempotent.
 
-    Parameters and their names stay the same. The packed weights are a second copy: it exists only while the model
-    runs in inference mode, and any other forward pass of `model.base_model` frees it.
+    Parameters and their names stay the same. The packed weights are a second copy, which exists only while models run
+    in inference mode: any other forward pass, of this or another optimised model, frees the packed weights of all.
     """
-    if any(isinstance(hook, _FreeAfterInference) for hook in model.base_model._forward_pre_hooks.values()):
-        return
-    use_onednn(model)
-    save_fewer_activations(model)
-    keep_freed_memory()
-    layers = [module for module in model.modules() if isinstance(module, OneDNNLinear)]
-    model.base_model.register_forward_pre_hook(_FreeAfterInference(layers))
+    if free_packed_weights not in model.base_model._forward_pre_hooks.values():
+        use_onednn(model)
+        save_fewer_activations(model)
+        keep_freed_memory()
+        model.base_model.register_forward_pre_hook(free_packed_weights)
 
 
-class _FreeAfterInference:
-    """Forward pre-hook: the first pass outside inference mode frees what sampling has left in memory.
-
-    An object and not a closure, so that `copy.deepcopy(model)` gives the copy a hook for its own layers.
-    """
-
-    def __init__(self, layers: list[OneDNNLinear]) -> None:
-        self.layers, self.sampling = layers, False
-
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        if torch.is_inference_mode_enabled():
-            self.sampling = True
-        elif self.sampling:
-            self.sampling = False
-            for layer in self.layers:
-                layer.packed = None
-            release_freed_memory()
+def free_packed_weights(module: nn.Module, args: tuple) -> None:
+    """Forward pre-hook: the first pass outside inference mode frees the memory that sampling left allocated."""
+    if _packed_layers and not torch.is_inference_mode_enabled():
+        for layer in list(_packed_layers):
+            layer.packed = None
+        _packed_layers.clear()
+        release_freed_memory()
 
 
 # ---- linear layers --------------------------------------------------------------------------------------------------
@@ -78,6 +67,7 @@ def use_onednn(model: nn.Module) -> None:
             module.__class__ = OneDNNLinear
 
 
+_packed_layers: weakref.WeakSet[OneDNNLinear] = weakref.WeakSet()
 _optimizer_steps = 0  # taken by any optimizer in this process
 
 
@@ -126,6 +116,7 @@ class OneDNNLinear(nn.Linear):
             self.packed = packed = None  # free the old copy first
             tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS)
             self.packed = packed = PackedWeight(tensor, weight.detach(), version)
+            _packed_layers.add(self)
         return packed.tensor
 
     def __getstate__(self) -> dict:

@@ -62,7 +62,7 @@ def drive(
 ) -> list[Any]:
     """Run all tasks and return their values in order. `done(index, value)` is called as each task ends.
 
-    in_flight: tasks that run at once (default: all). With at most as many as rows, an engine keeps the cache of each.
+    in_flight: tasks that run at once (default: all). If this is at most the number of rows, no cache is evicted.
     deterministic: wait for all submitted code before each step of the engine. Then the tasks alone, and not the speed
     of the tools, determine which requests share a batch, and so how every float is rounded.
     """
@@ -122,11 +122,6 @@ def drive(
     return values
 
 
-def is_reproducible(*engines: Engine) -> bool:
-    """Whether equal requests in equal order give equal bits, which makes a deterministic `drive` worth its cost."""
-    return all(getattr(engine, "reproducible", False) for engine in engines)
-
-
 # ---- one turn -------------------------------------------------------------------------------------------------------
 
 
@@ -150,8 +145,8 @@ class Turn(FenceParser):
 def parse_step(tokenizer, token_ids: list[int], before: Sequence[int] = ()) -> tuple[int, FenceParser]:
     """Find the block in the sampled tokens of a step: (index of the token in which "```python" starts, parser).
 
-    Without a closed block the index is len(token_ids). The ids are parsed again here, because they are what is learned;
-    the text that an engine streamed only decides where the turn ends. before: the tokens before the step.
+    Without a closed block the index is len(token_ids). The ids are parsed again here, because training uses them; the
+    text that an engine streamed only decides where the turn ends. before: the tokens before the step.
     """
     stream, parser, lengths = TextStream(tokenizer, before), FenceParser(), []
     for token in token_ids:
@@ -162,7 +157,7 @@ def parse_step(tokenizer, token_ids: list[int], before: Sequence[int] = ()) -> t
 
 
 @dataclass
-class Sampler:
+class TurnSampler:
     """Samples the turns of one trajectory.
 
     name: its name, unique in the engine. shared: number of leading tokens that other trajectories have too.
@@ -197,7 +192,7 @@ def split_think(step: Step, suffix_tokens: int) -> int:
 
 
 def think_act_observe(
-    sampler: Sampler, trajectory: Trajectory, self_correct: int, suffix_tokens: int, stop_on_failure: bool
+    sampler: TurnSampler, trajectory: Trajectory, self_correct: int, suffix_tokens: int, stop_on_failure: bool
 ) -> Task:
     """Complete one empty trajectory; see `solve` for the arguments (paper, section 3.3)."""
     engine, sampling, listener = sampler.engine, sampler.sampling, sampler.listener
@@ -281,7 +276,7 @@ def solve(
         seen[problem.id] += 1
         prompt_ids = prompts[problem.question]
         shared = len(prompt_ids) - 1 if groups[problem.id] > 1 else preamble
-        sampler = Sampler(engine, name, sampling, shared, listener)
+        sampler = TurnSampler(engine, name, sampling, shared, listener)
         trajectory = Trajectory(problem, prompt_ids)
         tasks.append(think_act_observe(sampler, trajectory, self_correct, suffix_tokens, stop_on_failure))
     return drive(tasks, engine, executor, done, deterministic=deterministic)
@@ -301,10 +296,10 @@ def regenerate_step(
     cut = split_think(step, suffix_tokens)
     context = trajectory.prompt_ids + trajectory.token_ids[: step.think_start]
     r_pre = trajectory.token_ids[step.think_start : cut]
-    # the shared prefix is the prompt of the new sample, so it is never learned, see Trajectory.action_positions
+    # the shared prefix is the prompt of the new sample, so it is never trained on, see Trajectory.action_positions
     new = Trajectory(trajectory.problem, context + r_pre, finish="stop")
     room = min(sampling.max_tokens - cut, engine.context - len(new.prompt_ids))
-    sampler = Sampler(engine, name, sampling, len(new.prompt_ids) - 1)
+    sampler = TurnSampler(engine, name, sampling, len(new.prompt_ids) - 1)
     completion, act, parser = yield from sampler.turn(context, r_pre, room, derive_seed(sampling.seed, name))
     if not parser.closed:
         return None

@@ -23,7 +23,7 @@ from thor.settings import UserError
 
 
 class Run:
-    """A run folder. Only rank 0 writes to it.
+    """A run folder, and a context manager that finishes the trackers. Only rank 0 writes to it.
 
     resume=False refuses a folder that is not empty. resume=True continues the run in it, or starts a new one, and
     refuses settings that differ from its config.json, except for those in MAY_CHANGE. Raises UserError.
@@ -96,28 +96,38 @@ class Run:
             os.replace(temporary, path)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Add one line to metrics.jsonl, with null for NaN and infinity, and report the rest to the trackers."""
+        """Add one line to metrics.jsonl, with null for NaN and infinity, and report the others to the trackers."""
         if rank():
             return
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
         self.append("metrics.jsonl", {"step": step, **clean})
-        if self._tracker_names and not self._trackers:
-            self._trackers = [self._start_tracker(name, step) for name in self._tracker_names]
         for tracker in self._trackers:
             tracker.log({name: value for name, value in clean.items() if value is not None}, step=step)
 
-    def _start_tracker(self, name: str, step: int) -> Any:
-        """An accelerate tracker. `step` is the first one that it gets."""
-        if name == "tensorboard":  # purge_step hides points that the resumed run writes again
-            tracker = LOGGER_TYPE_TO_CLASS[name]("tensorboard", self.folder, purge_step=step)
-        else:
-            place = {"logging_dir": self.folder} if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory else {}
-            title = {"name": self.folder.name} if name in ("wandb", "trackio") else {}
-            tracker = LOGGER_TYPE_TO_CLASS[name]("thor", **place, **title)
-        tracker.start()
-        if name != "tensorboard":
-            tracker.store_init_configuration(self._config)
-        return tracker
+    def start_trackers(self, step: int) -> None:
+        """Start the trackers of `report_to`. `step`: the first step that will be logged. Raises UserError."""
+        for name in self._tracker_names if rank() == 0 else ():
+            options = {"logging_dir": self.folder} if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory else {}
+            if name == "tensorboard":  # purge_step hides points that the resumed run writes again
+                tracker = LOGGER_TYPE_TO_CLASS[name]("tensorboard", **options, purge_step=step)
+            else:
+                options |= {"name": self.folder.name} if name in ("wandb", "trackio") else {}
+                tracker = LOGGER_TYPE_TO_CLASS[name]("thor", **options)
+            try:
+                tracker.start()
+                if name != "tensorboard":
+                    tracker.store_init_configuration(self._config)
+            except Exception as error:  # each tracker has its own, for example without a login
+                raise UserError(f"--report_to {name}: {' '.join(str(error).split())}") from error
+            self._trackers.append(tracker)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Finish the trackers."""
+        while self._trackers:
+            self._trackers.pop().finish()
 
     @contextlib.contextmanager
     def whole_folder(self, name: str) -> Iterator[Path]:

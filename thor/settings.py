@@ -5,6 +5,7 @@ Also the seeds of random generators, which derive from the setting `seed`.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -80,6 +81,9 @@ def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positi
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings by name; flags override it")
     if positional:
         parser.add_argument("_positional", nargs="?", metavar=positional.upper(), help=f"the same as --{positional}")
+    for action in parser._actions:
+        if action.option_strings and action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS  # HfArgumentParser adds one to each flag that is true by default
     if config := parser.parse_args(argv).config:
         argv = _flags_from(config, cls, parser) + argv
     *parts, extra = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

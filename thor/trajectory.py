@@ -79,7 +79,7 @@ class Trajectory:
     """
 
     problem: Problem
-    prompt_ids: list[int]  # context, never learned; of a regenerated step, everything before the suffix
+    prompt_ids: list[int]  # context, never trained on; of a regenerated step, everything before the suffix
     token_ids: list[int] = field(default_factory=list)
     action_mask: list[bool] = field(default_factory=list)  # per response token: True if the policy sampled it
     logp_sampler: list[float] = field(default_factory=list)  # 0.0 on observation tokens
@@ -119,8 +119,8 @@ class Trajectory:
         at = 0
         for step in self.steps:
             assert at == step.think_start <= step.act_start <= step.observe_start <= step.end <= len(self)
-            assert all(self.action_mask[at : step.observe_start]), "the policy sampled all of think and act"
-            assert not any(self.action_mask[step.observe_start : step.end]), "and nothing of the observation"
+            assert all(self.action_mask[at : step.observe_start]), "think and act consist of sampled tokens"
+            assert not any(self.action_mask[step.observe_start : step.end]), "an observation has no sampled tokens"
             assert (step.code is None) == (step.result is None)
             at = step.end
         assert at == len(self), "the steps cover the response without gaps"
@@ -135,7 +135,7 @@ class Trajectory:
 
     @property
     def action_positions(self) -> list[int]:
-        """Positions of the action tokens in `all_token_ids`. Only these are ever learned."""
+        """Positions of the action tokens in `all_token_ids`. Only these are ever trained on."""
         return [i for i, sampled in enumerate(self.action_mask, len(self.prompt_ids)) if sampled]
 
     @property

@@ -52,10 +52,9 @@ import thor.training.trainer
 from thor.demo import DEMO_MODEL, demo_model
 from thor.distributed import end_ranks, start_ranks
 from thor.engines import HFEngine, Request
-from thor.fast_cpu import AVAILABLE, keep_freed_memory, multiply
 from thor.rollout import drive
 from thor.run_folder import Run
-from thor.training.model import load_model, policy_parameters, sampling_copy
+from thor.training.model import load_model, policy_parameters, prepare, sampling_copy
 from thor.training.trainer import Sample, Trainer
 from thor.trajectory import Problem, Trajectory
 
@@ -179,18 +178,19 @@ def peak_mib() -> float:
 
 @torch.no_grad()
 def matmul_rate(model, multiply: Callable, rows: int = 1024) -> float:
-    """FLOP/s of the model's linear layers on this number of tokens."""
-    shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]  # they may be sharded
+    """FLOP/s of multiply(layer, x) with layers like the model's own, which may be sharded."""
     dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
-    weights = [torch.randn(shape, dtype=dtype, device=model.device) for shape in shapes]
-    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
+    options = {"bias": False, "dtype": dtype, "device": model.device}
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    layers = [type(m)(m.in_features, m.out_features, **options) for m in linear]
+    inputs = {m.in_features: torch.randn(rows, m.in_features, dtype=dtype, device=model.device) for m in layers}
     clock, best = Clock(), float("inf")
     for _ in range(5):
         start = clock.now()
-        for w in weights:
-            multiply(inputs[w.shape[1]], w)
+        for layer in layers:
+            multiply(layer, inputs[layer.in_features])
         best = min(best, clock.now() - start)
-    return 2 * rows * sum(w.numel() for w in weights) / best
+    return 2 * rows * sum(layer.weight.numel() for layer in layers) / best
 
 
 def training_flop(model, load: Workload) -> float:
@@ -204,7 +204,7 @@ def training_flop(model, load: Workload) -> float:
 
 def run_ours(model_name: str, name: str, changes: dict, iterations: int) -> tuple[Clock, torch.nn.Module]:
     load, clock = WORKLOADS[name], Clock()
-    settings = run_rl.Settings(nll_coef=0.0, lr=1e-6, **changes)
+    settings = run_rl.Settings(nll_coef=0.0, lr=1e-6, report_to="none", **changes)
     model, tokenizer = load_model(model_name, start_ranks("auto", 60))
     engine = HFEngine(sampling_copy(model), tokenizer)
     engine.eos = set()
@@ -321,10 +321,9 @@ def child(model_name: str, name: str, side: str, iterations: int) -> None:
     found["peak_mib"] = round(peak_mib())
     if torch.cuda.is_available():
         found["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-    keep_freed_memory()  # for TRL too, whose run is over
-    torch_rate = matmul_rate(model, torch.nn.functional.linear)
-    onednn = AVAILABLE and model.device.type == "cpu"
-    rate = max(torch_rate, matmul_rate(model, multiply)) if onednn else torch_rate
+    prepare(model, model.device.type)  # for TRL's model too, whose run is over: both sides get the same rates
+    torch_rate = matmul_rate(model, lambda layer, x: torch.nn.functional.linear(x, layer.weight))
+    rate = max(torch_rate, matmul_rate(model, lambda layer, x: layer(x)))
     training = found["log-probs"] + found["backward"]
     flop = training_flop(model, load)
     found |= {

@@ -34,7 +34,7 @@ def load_demonstrations() -> list[Demonstration]:
 
 
 def words(text: str) -> set[str]:
-    """Words and operators of a text. Numbers are left out: they say nothing about the kind of question."""
+    """Words and operators of a text. Numbers are excluded, because they do not indicate the type of question."""
     return set(re.findall(r"[a-z]+|[*+/=!^-]+", text.lower()))
 
 

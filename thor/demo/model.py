@@ -56,7 +56,7 @@ def demo_model(name: str = DEMO_MODEL) -> Path:
                 print("waiting for another process to prepare the demo model", file=sys.stderr, flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not weights.is_file():  # the previous holder of the lock may have prepared it
-                prepare(path)
+                build_model(path)
     except ImportError as error:
         raise ModelError(" ".join(f"demo model: {error}; run: pip install -e '.[demo]'".split())) from error
     except (OSError, SafetensorError) as error:
@@ -66,7 +66,7 @@ def demo_model(name: str = DEMO_MODEL) -> Path:
     return path
 
 
-def prepare(path: Path) -> None:
+def build_model(path: Path) -> None:
     """Download, verify and convert the model, and rename it into place. The caller holds the lock."""
     import accelerate  # noqa: F401  # transformers needs both: fail before the download
     import gguf  # noqa: F401

@@ -1,6 +1,6 @@
 """Engines sample completions for requests. See `Engine` for the interface."""
 
-from thor.engines.base import Completion, Engine, Request
+from thor.engines.base import Completion, Engine, Request, is_reproducible
 from thor.engines.hf import HFEngine, NoRoomError
 from thor.engines.http import HTTPEngine, ServerError
 from thor.engines.vllm import VLLMEngine
@@ -15,6 +15,7 @@ __all__ = [
     "Request",
     "ServerError",
     "VLLMEngine",
+    "is_reproducible",
     "load_engine",
 ]
 

@@ -124,7 +124,7 @@ class Engine(Protocol):
     def reproducible(self) -> bool:
         """Whether equal requests, added before equal steps, give completions that are equal bit for bit.
 
-        True for HFEngine on the CPU. False for HFEngine on a GPU, for vLLM and for HTTP.
+        True on the CPU for HFEngine and VLLMEngine. False on a GPU, where kernels sum in no fixed order, and for HTTP.
         """
 
     def add(self, request: Request) -> None:
@@ -150,6 +150,14 @@ class Engine(Protocol):
         """Free the memory that only sampling needs, while a trainer uses the device, until `update_weights`."""
 
 
+def is_reproducible(*engines: Engine) -> bool:
+    """Whether all engines are `reproducible`: then a `deterministic` rollout gives the same results in every run.
+
+    An engine that does not say so is not.
+    """
+    return all(getattr(engine, "reproducible", False) for engine in engines)
+
+
 def end_tokens(source: str, tokenizer) -> set[int]:
     """The tokenizer's end token and those of generation_config.json, or of config.json if the former is missing."""
     try:
@@ -157,8 +165,3 @@ def end_tokens(source: str, tokenizer) -> set[int]:
     except OSError:
         eos = AutoConfig.from_pretrained(source).get_text_config().eos_token_id
     return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-
-
-def vllm_seed(seed: int) -> int:
-    """Reduce a seed to 63 bits: vLLM servers read signed integers, and -1 would mean no seed."""
-    return seed & (2**63 - 1)

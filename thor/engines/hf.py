@@ -38,8 +38,10 @@ class NoRoomError(UserError, ValueError):
 class HFEngine:
     """Samples from a transformers model in this process. In training it shares the model with the trainer.
 
+    Load the model with `load_model`, which also optimises it for the CPU.
+
     max_rows: number of requests to sample at once. Requests wait while no row or no cache is free.
-    prefill_tokens: maximum number of prompt tokens that one step computes beside the decoding rows.
+    prefill_tokens: maximum number of prompt tokens that one step computes in addition to the decoding rows.
     kv_tokens: size of the KV cache in tokens, counted as slots * longest request. A quarter is for shared prefixes.
     share: fraction of the memory that is free now, used for the KV cache if kv_tokens is None. The rest is left to a
         trainer or to another engine. The ranks of a machine divide its memory.
@@ -63,7 +65,10 @@ class HFEngine:
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         if kv_tokens is None:
-            kv_tokens = int(share * free_memory(model.device)) // bytes_per_token(model)
+            free = free_memory(model.device)
+            if model.device.type == "cpu":
+                free -= sum(p.nbytes for p in model.parameters())  # room for a second copy of the weights
+            kv_tokens = max(0, int(share * free)) // bytes_per_token(model)
         self.queue: deque[Request] = deque()
         self.rows = Store(model, max_rows, kv_tokens - kv_tokens // 4)
         self.prefixes = Store(model, max_rows, kv_tokens // 4)

@@ -18,7 +18,8 @@ import httpx2
 import torch
 from transformers import AutoTokenizer
 
-from thor.engines.base import Completion, PartialCompletion, Request, end_tokens, vllm_seed
+from thor.engines.base import Completion, PartialCompletion, Request, end_tokens
+from thor.engines.vllm import vllm_seed
 from thor.settings import UserError
 
 MAX_ATTEMPTS = 9  # per request

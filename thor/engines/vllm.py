@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from thor.engines.base import Completion, PartialCompletion, Request, end_tokens, vllm_seed
+from thor.engines.base import Completion, PartialCompletion, Request, end_tokens
 
 TESTED_VERSIONS = ("0.32",)  # minor versions that the tests pass with; must match pyproject.toml
 
@@ -30,6 +30,11 @@ CANARY = (
 CANARY_TOLERANCE = {torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+def vllm_seed(seed: int) -> int:
+    """Reduce a seed to 63 bits: vLLM servers read signed integers, and -1 would mean no seed."""
+    return seed & (2**63 - 1)
+
+
 class VLLMEngine:
     """vLLM in this process, which a trainer may share.
 
@@ -41,8 +46,6 @@ class VLLMEngine:
 
     Raises RuntimeError if vLLM is not installed, and RuntimeError or ValueError if vLLM cannot serve the model.
     """
-
-    reproducible = False
 
     def __init__(
         self,
@@ -83,6 +86,10 @@ class VLLMEngine:
         self.score = score
         self.partial: dict[str, PartialCompletion] = {}
         self.asleep = False
+
+    @property
+    def reproducible(self) -> bool:
+        return not self.cuda
 
     def add(self, request: Request) -> None:
         partial = PartialCompletion(request, request.token_limit(self.context), self.eos, self.tokenizer)

@@ -40,6 +40,8 @@ from thor.sandbox.protocol import CHILD, EXIT_BLOCKED, EXIT_ERROR, EXIT_MEMORY, 
 from thor.trajectory import ExecResult
 
 OUTPUT_CAP = 2**16  # bytes of stdout kept
+ERROR_CAP = 2**13  # bytes of the error text kept
+MAX_READS = 64  # reads of a pipe after the end of its child
 START_TIMEOUT = 180.0  # seconds for the server to import and warm up
 KILL_GRACE = 0.25  # seconds after a kill until the result is delivered even if the server has not reported the exit
 STALL_TIMEOUT = 30.0  # seconds without a response, or without a free child for a queued snippet: the server is broken
@@ -242,7 +244,7 @@ class Executor:
         if data and not child.ready:  # the first byte is READY
             child.ready, data = True, data[1:]
             self._idle.append(child)
-        child.error += data[: 2**13 - len(child.error)]
+        child.error += data[: ERROR_CAP - len(child.error)]
 
     def _on_out(self, child: Child) -> None:
         data = self._read(child.out, child.out)
@@ -266,7 +268,7 @@ class Executor:
 
     def _on_exit(self, child: Child, status: int, cpu: float, peak: int) -> None:
         for fileobj, read in ((child.channel, self._on_channel), (child.out, self._on_out)):
-            for _ in range(64):  # drain the pipe, but do not wait for its end: a descendant may hold it open
+            for _ in range(MAX_READS):  # drain the pipe, but do not wait for its end: a descendant may hold it open
                 if fileobj in self._selector.get_map():
                     read(child)
         if child.job:

@@ -35,6 +35,8 @@ from thor.sandbox.protocol import CHILD, EXIT_SETUP, EXITED, READY, RECORD
 from thor.sandbox.snippet import run_snippet
 
 TMP_BYTES, MAX_FILES, MAX_THREADS = 64 * 2**20, 64, 128  # limits: temporary files, open files, threads
+SANDBOX_UIDS = range(61184, 65520)  # user ids that systemd reserves for such temporary users
+MAX_DESCRIPTORS = 4096  # a child closes those that it has inherited
 STANDARD = "bisect cmath collections dataclasses datetime decimal fractions functools heapq itertools math operator re "
 STANDARD += "random statistics string time typing"  # standard modules that snippets import most
 
@@ -70,7 +72,7 @@ class Zygote:
         self.active: set[str] = set()  # layers in force
         self.folder = ""  # parent of the temporary folders, unless there is a private root
         self.load()
-        self.prepare()
+        self.set_up()
 
     def load(self) -> None:
         """Import, warm up and freeze everything that the children share."""
@@ -92,7 +94,7 @@ class Zygote:
         kernel.use_huge_pages()
         self.hot_pages = kernel.in_fork(lambda: kernel.pages_written(PROBE)) or []
 
-    def prepare(self) -> None:
+    def set_up(self) -> None:
         """Set up what all children share, and find out which layers take effect."""
         layers = self.config["layers"]
         paths = self.readable = kernel.python_paths()
@@ -104,7 +106,7 @@ class Zygote:
             os.chmod(self.folder, 0o711)
             kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)  # adopt orphans of snippets, to find and kill them
         self.program = kernel.seccomp_program() if "seccomp" in layers else None
-        self.uid = random.randrange(61184, 65520) if os.getuid() == 0 and "unprivileged" in layers else 0
+        self.uid = random.choice(SANDBOX_UIDS) if os.getuid() == 0 and "unprivileged" in layers else 0
         needed = [*paths, os.__file__]
         if self.uid and not kernel.in_fork(lambda: self.drop_user() or all(os.access(p, os.R_OK) for p in needed)):
             self.uid = 0
@@ -204,7 +206,7 @@ class Zygote:
             raise OSError("not all layers took effect")
         os.dup2(null, 2)
         os.dup2(channel, 3)
-        os.closerange(4, 4096)
+        os.closerange(4, MAX_DESCRIPTORS)
         random.seed(0)  # Python seeds it randomly after a fork
         os.write(3, READY)
         if not select.select([3], [], [], PREPARE_DELAY)[0]:

@@ -24,7 +24,9 @@ from thor.distributed import barrier, rank, world_size
 
 try:
     from thor.fast_cpu import optimize_for_cpu
-except ImportError:  # optional: without this file everything works, but more slowly on a CPU
+except ModuleNotFoundError as error:  # the file is optional: without it everything works, but more slowly on a CPU
+    if error.name != "thor.fast_cpu":
+        raise
     optimize_for_cpu = None
 from thor.training.scoring import recompute, score_pairs
 

@@ -19,8 +19,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from thor.attention import Tree, micro_batches
-from thor.demo import DEMO_MODEL
+from thor.attention import distinct_tokens, micro_batches
 from thor.distributed import all_reduce_sum, barrier, gather, rank, world_size
 from thor.run_folder import Run, write_atomic
 from thor.settings import UserError, setting
@@ -28,7 +27,7 @@ from thor.training.model import FULL_STATE, checkpoint_gradients, shard
 from thor.training.scoring import Scores, score_tokens
 from thor.trajectory import Trajectory
 
-MAX_SKIPPED = 3  # a run stops after so many skipped optimizer steps in a row
+MAX_SKIPPED = 3  # a run stops after this many consecutive skipped optimizer steps
 CHECKPOINTS = "checkpoints"
 
 
@@ -36,21 +35,19 @@ CHECKPOINTS = "checkpoints"
 class TrainSettings:
     """Settings that run_sft.py and run_rl.py share."""
 
-    model: str = setting(DEMO_MODEL, "name of the demo model, folder or hub id", "model")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
     lr: float = setting(1e-5, "learning rate", "optimisation")
     weight_decay: float = setting(0.0, "weight decay of AdamW", "optimisation")
-    clip: float = setting(1.0, "largest gradient norm", "optimisation")
+    clip: float = setting(1.0, "gradient clipping norm", "optimisation")
     max_tokens_per_micro_batch: int = setting(1024, "distinct tokens in one forward and backward pass", "memory", min=1)
     tree: bool = setting(True, "compute shared prefixes once; the result is the same", "memory")
     gradient_checkpointing: bool = setting(False, "less memory for a third more compute", "memory")
     save_every: int = setting(1, "iterations between checkpoints", "run", min=1)
-    keep: int = setting(2, "newest checkpoints to keep", "run", min=1)
+    keep: int = setting(2, "number of checkpoints to keep", "run", min=1)
     evaluate: bool = setting(True, "score held-out problems", "run")
     rank_timeout: float = setting(3600.0, "seconds that a rank waits for the others", "run")
     seed: int = setting(0, "random seed", "run")
     report_to: str = setting("tensorboard", "trackers, such as 'tensorboard,wandb'; 'none' for none", "run")
-    out: str = setting("runs/train", "run folder to write", "run")
     resume: bool = setting(False, "resume the run in --out", "run")
 
 
@@ -62,7 +59,7 @@ OPTIONAL = ("logp_old", "logp_ref", "value_old", "returns")  # fields of a sampl
 
 @dataclass
 class Sample:
-    """A trajectory to learn from. Only its N action tokens are scored.
+    """A trajectory to train on. Only its N action tokens are scored.
 
     advantage: one number for all of them (GRPO), or [N] (PPO). level: 'trajectory' | 'step' (a regenerated step).
     logp_old, logp_ref: [N] under the policy before the update, and under the policy at the start of the run.
@@ -101,7 +98,7 @@ class Counts:
 
 @dataclass
 class Batch:
-    """What the loss needs beside the scores of a micro-batch: tensors [N], and the counts of the optimizer batch.
+    """What the loss needs besides the scores of a micro-batch: tensors [N], and the counts of the optimizer batch.
 
     logp_sampler is NaN where the engine reported none. The last four are None if the samples lack them.
     """
@@ -137,12 +134,9 @@ def rank_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> 
     ranks = world_size()
     if ranks == 1:
         return list(micro_batches(sequences, budget, tree))
-
-    def distinct_tokens(members: list[int] | range) -> int:
-        return len(Tree([sequences[b] for b in members], share=tree).token_ids)
-
-    fair = -(-distinct_tokens(range(len(sequences))) // ranks)
-    batches = sorted(micro_batches(sequences, min(budget, fair), tree), key=distinct_tokens, reverse=True)
+    fair = -(-distinct_tokens(sequences, tree) // ranks)
+    batches = list(micro_batches(sequences, min(budget, fair), tree))
+    batches.sort(key=lambda members: -distinct_tokens([sequences[b] for b in members], tree))
     batches += [[]] * (-len(batches) % ranks)
     return batches[rank() :: ranks]
 
@@ -181,11 +175,11 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, **options)
         self.state = {"iteration": 0, "skipped_in_a_row": 0} | self._restore()
         self.steps = 0  # optimizer steps of this iteration
-        for name in ("metrics.jsonl", "trajectories.jsonl"):
-            run.rewind(name, lambda record: record.get("step", -1) < self.state["iteration"])
+        run.rewind("metrics.jsonl", lambda record: record["step"] < self.state["iteration"])
+        run.start_trackers(self.state["iteration"])
 
     def iterations(self, total: int, name: str, unit: str) -> Iterator[int]:
-        """The iterations that remain, behind a progress bar `self.bar`. Saves checkpoints between them.
+        """Yield the remaining iterations, show a progress bar `self.bar`, and save checkpoints.
 
         Raises UserError after MAX_SKIPPED skipped optimizer steps in a row, with the last good weights saved.
         """
@@ -308,9 +302,11 @@ class Trainer:
         """Load the run's checkpoint, if there is one. Returns its state, or {}."""
         path, saved = self.run / CHECKPOINTS / "latest.pt", {}
         if path.is_symlink() and not path.exists():
-            raise UserError(f"{path}: broken symlink; link it to a checkpoint beside it, or start in another folder")
+            raise UserError(f"{path}: broken symlink; link it to a checkpoint in this folder, or start elsewhere")
         if rank() == 0 and path.exists():
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            if "state" not in saved:
+                raise UserError(f"{path}: not a checkpoint of this version; start in another folder")
         state, has_optimizer = gather((saved.get("state"), bool(saved.get("optimizer"))))[0]
         if state is None:
             return {}
