@@ -319,10 +319,9 @@ def sample_trajectories(engine, executor, problems, cursor: int, iteration: int,
         counts["draws"] += 1
         seed = derive_seed(settings.seed, iteration, counts["draws"])
         sampling = Sampling(settings.max_tokens, settings.temperature, seed=seed, max_rounds=settings.max_rounds)
-        # a problem drawn twice stays on one rank, which numbers its samples; the first group moves on with each draw
+        # a problem drawn twice stays on one rank, which numbers its samples; each draw starts with another rank
         ids = list(dict.fromkeys(problem.id for problem in drawn))
-        first = counts["draws"]
-        mine = [g for g, problem in enumerate(drawn) if (first + ids.index(problem.id)) % world_size() == rank()]
+        mine = [g for g, p in enumerate(drawn) if (counts["draws"] + ids.index(p.id)) % world_size() == rank()]
         repeated = [drawn[g] for g in mine for _ in range(settings.group)]
         options = {"stop_on_failure": settings.drop_failed_code, "deterministic": is_reproducible(engine)}
         sampled = solve(engine, executor, repeated, sampling, done=done, **options)
