@@ -47,6 +47,8 @@ def start_ranks(device: str, timeout: float) -> str:
         raise ValueError("--device cuda: no GPU is available to torch")
     cpu, ranks = device == "cpu" or not torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
     if cpu and ranks == 1:
+        if "LOCAL_RANK" not in os.environ:  # else a launcher started it, and PartialState would make a group
+            PartialState(cpu=True)  # trackers need it
         return "cpu"
     if not cpu:
         torch.cuda.set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))  # PartialState needs the variable
