@@ -16,7 +16,7 @@ from conftest import byte_tokenizer, tiny_llama
 
 from thor.data import load_problems
 from thor.engines import HTTPEngine, Request, ServerError, http, load_engine
-from thor.engines.base import vllm_seed
+from thor.engines.vllm import vllm_seed
 from thor.rollout import Sampling, solve
 from thor.text import FenceParser
 
