@@ -1,4 +1,4 @@
-r"""Stage 3, hierarchical RL: whole trajectories are rewarded for the answer, single steps for code that runs.
+r"""Stage 3, hierarchical RL: whole trajectories are rewarded for the answer, single steps for code that passes.
 
     python run_rl.py                                      # the demo model, from runs/sft/final
     python run_rl.py --model runs/sft-7b/final --data dapo.jsonl --prompts 128 --group 16 --lr 1e-6 ...

@@ -401,7 +401,7 @@ def histogram(values: list) -> dict[str, int]:
     return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
-def summarize(drafts: list[Draft], kept: list[Draft], funnel: dict[str, int]) -> dict:
+def funnel_report(drafts: list[Draft], kept: list[Draft], funnel: dict[str, int]) -> dict:
     """Return the contents of funnel.json."""
     correct = Counter(draft.problem.id for draft in keep_correct(drafts))
     return {
@@ -433,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
             run.start()
         drafts = sample_drafts(loop, problems, executor, run)
     kept, funnel = filter_drafts(drafts, settings)
-    report = summarize(drafts, kept, funnel)
+    report = funnel_report(drafts, kept, funnel)
     run.write_json("funnel.json", report)
     width = max(map(len, funnel))
     print("\n".join(f"{name:{width}s} {count:6d}" for name, count in funnel.items()))

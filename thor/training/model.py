@@ -99,7 +99,7 @@ def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
 def add_value_head(model: PreTrainedModel) -> None:
     """Add a critic on the policy's hidden states: one value per level, 0 at first.
 
-    The two levels have different rewards at the same tokens (the answer is right; the block runs), so each level has
+    The two levels have different rewards at the same tokens (the answer is right; the block passes), so each level has
     an output of its own.
     """
     hidden = model.config.get_text_config().hidden_size
