@@ -22,10 +22,19 @@ from thor.demo import DEMO_MODEL
 from thor.distributed import barrier, cpu_workers, rank, start_ranks
 from thor.engines import HFEngine
 from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
-from thor.prompts import render_prompt
+from thor.prompts import Prompt, load_prompt
 from thor.run_folder import Run
 from thor.sandbox import Executor
-from thor.settings import UserError, derive_seed, parse_settings, run_main, setting, user_errors
+from thor.settings import (
+    PROMPT_HELP,
+    UserError,
+    derive_seed,
+    parse_settings,
+    prompt_for,
+    run_main,
+    setting,
+    user_errors,
+)
 from thor.text import encode
 from thor.training.model import load_model, policy_parameters, sampling_copy, save_model
 from thor.training.scoring import Scores
@@ -40,6 +49,7 @@ class Settings(TrainSettings):
     data: str = setting("runs/tirgen/tir.jsonl", "trajectories from run_tirgen.py", "data")
     max_length: int = setting(1024, "skip longer trajectories, in tokens (paper: 20,000)", "data")
     model: str = setting(DEMO_MODEL, "name of the demo model, folder or hub id", "model")
+    prompt: str = setting("", PROMPT_HELP, "model")
     epochs: int = setting(3, "passes over the data (paper: 3)", "optimisation", min=1)
     batch: int = setting(16, "trajectories per optimizer step (paper: 128)", "optimisation", min=1)
     lr: float = setting(1e-4, "learning rate, constant after the warm-up (paper: 2e-6)", "optimisation")
@@ -49,7 +59,7 @@ class Settings(TrainSettings):
     out: str = setting("runs/sft", "run folder to write", "run")
 
 
-def load_trajectories(path: str, tokenizer) -> list[Trajectory]:
+def load_trajectories(path: str, tokenizer, prompt: Prompt) -> list[Trajectory]:
     """tir.jsonl as token ledgers. Raises UserError, which names the line at fault."""
     trajectories = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
@@ -62,17 +72,20 @@ def load_trajectories(path: str, tokenizer) -> list[Trajectory]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"--data {path}:{number}: {what}; must be a row of run_tirgen.py") from error
-        trajectories.append(to_ledger(problem, segments, tokenizer))
+        trajectories.append(to_ledger(problem, segments, tokenizer, prompt))
     if not trajectories:
         raise UserError(f"--data {path}: is empty; run_tirgen.py writes it")
     return trajectories
 
 
-def to_ledger(problem: Problem, segments: list[tuple[str, bool]], tokenizer) -> Trajectory:
+def to_ledger(
+    problem: Problem, segments: list[tuple[str, bool]], tokenizer, prompt: Prompt | None = None
+) -> Trajectory:
     """Encode each segment separately, as a rollout would. segments: (text, was it written by the policy?)."""
-    trajectory = Trajectory(problem, render_prompt(tokenizer, problem.question), finish="stop", reward=1.0)
+    prompt_ids = (prompt or load_prompt("tool")).render(tokenizer, problem.question)
+    trajectory = Trajectory(problem, prompt_ids, finish="stop", reward=1.0)
     for text, sampled in segments:
-        ids = encode(tokenizer, text)
+        ids = encode(tokenizer, text, added_tokens=sampled)
         if sampled:
             trajectory.append_sampled(ids, [0.0] * len(ids))
         else:
@@ -113,11 +126,12 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, __doc__, argv)
     with user_errors():
         device = start_ranks(settings.device, settings.rank_timeout)
+        prompt = prompt_for(settings.prompt, settings.model)
         run = Run(settings.out, settings, settings.resume)
         if not Path(settings.data).is_file():  # before the model is loaded
             raise UserError(f"--data {settings.data}: no such file; run_tirgen.py writes it")
         model, tokenizer = load_model(settings.model, device)
-        everything = load_trajectories(settings.data, tokenizer)
+        everything = load_trajectories(settings.data, tokenizer, prompt)
         rows = [t for t in everything if len(t.all_token_ids) <= settings.max_length]
         if not rows:
             raise UserError(f"--max_length {settings.max_length}: every trajectory of {settings.data} is longer")
@@ -136,6 +150,8 @@ def main(argv: list[str] | None = None) -> None:
         train(model, rows, run, settings)
         with run.whole_folder("final") as folder:
             save_model(model, tokenizer, folder)
+            if rank() == 0:
+                prompt.save(folder)
         print(f"model in {run / 'final'}")
         if engine:
             engine.update_weights(policy_parameters(model))

@@ -3,10 +3,12 @@
 import time
 
 import pytest
+from conftest import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_zoo import ADDED, CONTROL, ZOO
 
-from thor.text import FenceParser, TextStream, decode, encode, extract_answer
+from thor.text import FenceParser, TextStream, control_ids, decode, encode, extract_answer
 
 
 def parse(text: str) -> FenceParser:
@@ -138,6 +140,37 @@ def test_text_stream_equals_decoding_at_once(tokenizer, text):
     assert "".join(stream.push(i) for i in ids) == decode(tokenizer, ids) == text
 
 
-def test_special_tokens_in_text_are_encoded_as_plain_text(tokenizer):
-    ids = encode(tokenizer, "<|end|>")
-    assert tokenizer.eos_token_id not in ids and decode(tokenizer, ids) == "<|end|>"
+# ---- encoding -------------------------------------------------------------------------------------------------------
+
+control_text = st.lists(st.sampled_from([*CONTROL, "the sum", " ", "\n", "<", "s>", "think>", "42"]), max_size=8).map(
+    "".join
+)
+
+
+@given(st.sampled_from(sorted(ZOO)), control_text)
+def test_encoded_text_contains_no_control_token(zoo, text):
+    tokenizer = ZOO[zoo]
+    ids = encode(tokenizer, text)
+    assert control_ids(tokenizer).isdisjoint(ids)
+    if zoo in ("byte_level", "slow"):  # the others cannot represent every text
+        assert tokenizer.decode(ids) == text
+
+
+@given(st.sampled_from(sorted(ZOO)), control_text)
+def test_added_tokens_are_kept_on_request_but_never_special_ones(zoo, text):
+    tokenizer = ZOO[zoo]
+    ids = encode(tokenizer, text, added_tokens=True)
+    assert control_ids(tokenizer, special_only=True).isdisjoint(ids)
+    for token, token_id in zip(ADDED, tokenizer.convert_tokens_to_ids(list(ADDED)), strict=True):
+        assert ids.count(token_id) == text.count(token)
+
+
+@pytest.mark.parametrize("zoo", ZOO)
+@pytest.mark.parametrize("text", ["the sum is 42", " print(1)\n  x = 2 < 3\n", "```python\n", "é 数 🙂", ""])
+def test_ordinary_text_is_encoded_as_usual(zoo, text):
+    assert encode(ZOO[zoo], text) == ZOO[zoo].encode(text, add_special_tokens=False)
+
+
+def test_added_whitespace_is_no_control_token():
+    tokenizer = byte_tokenizer(("  ", "</think>"))
+    assert control_ids(tokenizer) == {tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer) - 3}

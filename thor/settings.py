@@ -23,6 +23,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from thor.distributed import end_ranks, first_to_fail, gather, rank
+from thor.prompts import PROMPT_FILE, Prompt, load_prompt
 
 S = TypeVar("S")
 TOPICS = ("model", "data", "sampling", "objective", "optimisation", "memory", "run")  # groups of --help, in this order
@@ -107,6 +108,26 @@ def _flags_from(config: str, cls: type, parser: _Parser) -> list[str]:
     for name in sorted({str(name) for name in values} - {field.name for field in dataclasses.fields(cls)}):
         parser.error(f"--config {config}: no setting is named {name!r}")
     return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+PROMPT_HELP = "prompt: tool, plain, tool-base, plain-base or a YAML file; empty: the model's own, or tool"
+
+
+def prompt_for(flag: str, model: str) -> Prompt:
+    """The prompt of a run: --prompt if given, else the one that the model was trained with, else 'tool'.
+
+    model: --model. A local folder (or "vllm:FOLDER") may hold the prompt that the model was trained with. If --prompt
+    names another one, a line says so. Raises UserError.
+    """
+    file = Path(model.removeprefix("vllm:"), PROMPT_FILE)
+    try:
+        own = load_prompt(file) if file.is_file() else None
+        prompt = load_prompt(flag) if flag else own or load_prompt("tool")
+    except ValueError as error:
+        raise UserError(f"--prompt {error}") from error
+    if own not in (None, prompt) and rank() == 0:
+        print(f"--prompt {flag}: differs from the prompt that {model} was trained with ({file})")
+    return prompt
 
 
 def derive_seed(*parts: int | str) -> int:

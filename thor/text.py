@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from tokenizers import Tokenizer
+
 OPEN, CLOSE = "```python", "```"
 BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\boxed\s*(?P<bare>[-+]?\d[\d.,/]*|[A-Za-z]\b)|\\.|[{}]", re.DOTALL)
 
@@ -107,6 +109,72 @@ def decode(tokenizer, token_ids: list[int]) -> str:
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def encode(tokenizer, text: str) -> list[int]:
-    """Encode text without special tokens; text that looks like one (tool output may) is encoded as plain text."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+def encode(tokenizer, text: str, added_tokens: bool = False) -> list[int]:
+    """Encode text as plain text: without BOS or EOS, and never as a special token, whatever the text looks like.
+
+    added_tokens: False, for text from outside (questions, tool output), which then contains no added token either.
+    True, for text that the policy wrote, where "</think>" is the token of that name if the tokenizer has one.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # only fast tokenizers have one
+    if backend is None or added_tokens:  # split_special_tokens makes slow tokenizers split all added tokens
+        split = backend is not None or not added_tokens
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split)
+    else:
+        plain = Tokenizer(backend.model)  # shares the model, but has no added tokens
+        plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        ids = plain.encode(text, add_special_tokens=False).ids
+    control = control_ids(tokenizer, special_only=added_tokens)
+    if control.isdisjoint(ids):
+        return ids
+    plain_ids = []  # the vocabulary itself can contain control tokens (Unigram): use their characters instead
+    for token_id in ids:
+        if token_id not in control:
+            plain_ids.append(token_id)
+            continue
+        characters = list(tokenizer.convert_ids_to_tokens(token_id))
+        if backend is None:
+            plain_ids += tokenizer.convert_tokens_to_ids(characters)
+        else:
+            plain_ids += [token.id for character in characters for token in backend.model.tokenize(character)]
+    return plain_ids
+
+
+def control_ids(tokenizer, special_only: bool = False) -> set[int]:
+    """Ids of special tokens and, unless `special_only`, of other added tokens that are not whitespace.
+
+    The unknown token is not among them, because any text may contain it.
+    """
+    ids = set(tokenizer.all_special_ids)
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special or (not special_only and token.content.strip()):
+            ids.add(token_id)
+    return ids - {tokenizer.unk_token_id}
+
+
+def start_ids(tokenizer) -> list[int]:
+    """The tokens that the tokenizer puts before every text: BOS, or none."""
+    whole, bare = (tokenizer.encode("a", add_special_tokens=added) for added in (True, False))
+    return whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)]
+
+
+def encode_around(tokenizer, pieces: Sequence[str], inserted: str) -> list[int]:
+    """Encode `inserted.join(pieces)`, where only `pieces` can contain control tokens.
+
+    This is the tokenizer's usual encoding of the whole text, unless `inserted` would add control tokens to it. Then
+    the parts are encoded separately.
+    """
+
+    def encoded(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def count(ids: list[int]) -> int:
+        return sum(token_id in control for token_id in ids)
+
+    control, parts = control_ids(tokenizer), [encoded(piece) for piece in pieces]
+    ids = encoded(inserted.join(pieces))
+    if count(ids) == sum(map(count, parts)):
+        return ids
+    ids = parts[0]
+    for part in parts[1:]:
+        ids = ids + encode(tokenizer, inserted) + part
+    return ids
