@@ -110,9 +110,13 @@ def evaluate_model(
     engine: Engine, executor: Executor, problems: list[Problem], sampling: Sampling, settings: Settings, run: Run
 ) -> None:
     """Evaluate the model on all problems that the run has not solved yet, write eval.json, and print the table."""
-    run.rewind("trajectories.jsonl", lambda record: record["finish"] != "infra")  # retry if the sandbox failed
     name = settings.model if "://" in settings.model else Path(settings.model).parent.name.upper() or settings.model
     name += " + self-correction" if settings.self_correct else ""
+
+    def save(trajectory: Trajectory) -> None:
+        if trajectory.finish != "infra":  # the sandbox failed: a resumed run tries the problem again
+            run.write_trajectories("trajectories.jsonl", [trajectory], engine.tokenizer)
+
     summary, _ = evaluate(
         engine,
         executor,
@@ -120,7 +124,7 @@ def evaluate_model(
         sampling,
         name,
         finished=[Trajectory.from_dict(record) for record in run.read("trajectories.jsonl")],
-        save=lambda trajectory: run.write_trajectories("trajectories.jsonl", [trajectory], engine.tokenizer),
+        save=save,
         self_correct=settings.self_correct,
         suffix_tokens=settings.suffix_tokens,
     )

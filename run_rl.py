@@ -383,7 +383,6 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
     if settings.estimator == "ppo":
         add_value_head(model)
     trainer = Trainer(model, run, settings, settings.temperature, settings.value_lr, reference)
-    run.rewind("trajectories.jsonl", lambda record: record["step"] < trainer.state["iteration"])
     loss = partial(hierarchical_loss, settings=settings)
     for iteration in trainer.iterations(settings.iterations, "rl", "iteration"):
         clock = [time.perf_counter()]

@@ -158,7 +158,6 @@ def main(argv: list[str] | None = None) -> None:
             barrier()
             if rank() == 0:
                 after, trajectories = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after SFT")
-                run.rewind("trajectories.jsonl", lambda record: False)
                 run.write_trajectories("trajectories.jsonl", trajectories, tokenizer)
                 run.write_json("eval.json", after)
                 print(table([("base", json.loads((run / "eval_base.json").read_text())), ("after SFT", after)]))

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import run_rl
 from run_infer import Printer, lineage
 from thor.evaluation import bootstrap_interval, summarize, table
-from thor.run_folder import Run, check_trackers
+from thor.run_folder import LOGS, Run, check_trackers, spread
 from thor.settings import UserError, parse_settings, setting
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
@@ -235,7 +235,7 @@ def test_yaml_values_are_checked_like_flags(tmp_path, capsys):
 # ---- run folder -----------------------------------------------------------------------------------------------------
 
 
-def test_run_folder_logs_refuses_other_settings_and_rewinds(tmp_path):
+def test_run_folder_logs_and_refuses_other_settings(tmp_path):
     run = Run(str(tmp_path / "r"), Demo(), resume=False)
     assert not (tmp_path / "r").exists()
     run.start()
@@ -245,9 +245,45 @@ def test_run_folder_logs_refuses_other_settings_and_rewinds(tmp_path):
         Run(str(tmp_path / "r"), Demo(), resume=False)
     with pytest.raises(UserError, match="lr was 0.5"):
         Run(str(tmp_path / "r"), Demo(lr=1.0), resume=True)
-    again = Run(str(tmp_path / "r"), Demo(), resume=True)
-    again.rewind("metrics.jsonl", lambda record: record["step"] < 0)
-    assert again.read("metrics.jsonl") == []
+
+
+def test_logs_are_cut_to_the_sizes_that_a_checkpoint_holds(tmp_path):
+    run = Run(str(tmp_path / "r"), Demo(), resume=False)
+    run.start()
+    assert run.log_sizes() == {"metrics.jsonl": 0, "trajectories.jsonl": 0}
+    run.append("trajectories.jsonl", {"text": "é"})
+    run.log(0, {})
+    sizes = run.log_sizes()
+    assert sizes == {"metrics.jsonl": len('{"step":0}\n'), "trajectories.jsonl": len('{"text":"é"}\n') + 1}
+    run.log(1, {})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"incomplete')
+    for name in LOGS:
+        run.rewind(name, sizes[name])
+    assert run.read("metrics.jsonl") == [{"step": 0}] and run.read("trajectories.jsonl") == [{"text": "é"}]
+    run.rewind("metrics.jsonl", 0)
+    assert run.read("metrics.jsonl") == []
+
+
+def test_rewind_accepts_a_deleted_log_and_refuses_a_shorter_one(tmp_path):
+    run = Run(str(tmp_path / "r"), Demo(), resume=False)
+    run.start()
+    run.rewind("metrics.jsonl", 100)
+    assert not (run / "metrics.jsonl").exists()
+    run.log(0, {})
+    with pytest.raises(UserError, match=r"metrics.jsonl: has 11 bytes, but had 12 at the checkpoint"):
+        run.rewind("metrics.jsonl", 12)
+    assert run.read("metrics.jsonl") == [{"step": 0}]
+
+
+def test_spread_chooses_items_at_equal_distances():
+    groups = [f"{group}{sample}" for group in "abc" for sample in range(4)]
+    assert spread(groups, 3) == ["a0", "b0", "c0"]
+    assert spread(groups, 6) == ["a0", "a2", "b0", "b2", "c0", "c2"]
+    assert spread(groups, 2) == ["a0", "b2"]
+    assert spread(groups, 12) == spread(groups, 99) == groups
+    assert spread(groups, 0) == spread([], 3) == []
+    assert [item[0] for item in spread(groups, 7)] == list("aaabbcc")
 
 
 def test_unicode_line_breaks_do_not_split_records(tmp_path):

@@ -1,7 +1,9 @@
 """Tests of the token ledger, self-correction, step regeneration, and the event loop."""
 
+import base64
 import dataclasses
 import json
+import struct
 from concurrent.futures import Future
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from thor.engines import Request
 from thor.prompts import observation_text, render_prompt
 from thor.rollout import INFRA_TRIES, Ask, Sampling, drive, regenerate_step, solve, split_think
+from thor.run_folder import to_line
 from thor.settings import derive_seed
 from thor.text import decode
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
@@ -79,6 +82,38 @@ def test_views_of_a_ledger_of_two_turns_by_hand():
     assert trajectory.action_logps == [-0.5, -1.5, -2.5]
     assert [trajectory.all_token_ids[i] for i in trajectory.action_positions] == [10, 11, 12]
     assert trajectory.num_sampled == 3 and len(trajectory) == 6
+
+
+logps = st.floats(-30, 0) | st.floats(-30, 0, width=32) | st.just(float("nan"))
+
+
+@given(st.lists(st.tuples(st.booleans(), logps), max_size=12))
+def test_ledger_in_a_file_is_exact_for_any_mask_and_log_probs(tokens):
+    trajectory = Trajectory(PROBLEM, [1], reward=0.5, finish="stop", discarded=3, corrections=1)
+    for token, (sampled, logp) in enumerate(tokens):
+        trajectory.append_sampled([token], [logp]) if sampled else trajectory.append_observation([token])
+    copy = Trajectory.from_dict(json.loads(json.dumps(trajectory.to_dict(), allow_nan=False)))
+    assert str(copy) == str(trajectory)  # not ==, because of NaN
+
+
+def test_file_of_a_long_ledger_is_compact():
+    trajectory = Trajectory(PROBLEM, [1])
+    for _ in range(3):
+        trajectory.append_sampled([12345] * 1000, [-0.5] * 1000)
+        trajectory.append_observation([12345] * 100)
+    record = trajectory.to_dict()
+    assert record["mask_runs"] == [1000, 100] * 3 and "action_mask" not in record and "logp_sampler" not in record
+    assert len(to_line(record)) / len(trajectory) < 12  # 6 bytes of the id, 16 / 3 of the log-prob
+    record["logp_base64"] = base64.b64encode(struct.pack("<3000d", *[-0.1] * 3000)).decode()
+    assert Trajectory.from_dict(record).action_logps == [-0.1] * 3000
+
+
+def test_long_output_of_a_snippet_is_cut_in_a_file():
+    result = ExecResult("error", "x" * 65536, "y" * 8192, 1.5)
+    trajectory = Trajectory(PROBLEM, [1], steps=[Step(0, 0, 0, 0, "code", result), Step(0, 0, 0, 0)])
+    kept = Trajectory.from_dict(trajectory.to_dict())
+    assert kept.steps == [Step(0, 0, 0, 0, "code", ExecResult("error", "x" * 1000, "y" * 1000, 1.5)), Step(0, 0, 0, 0)]
+    assert trajectory.results == [result]
 
 
 def test_ledger_check_rejects_inconsistent_entries():

@@ -24,7 +24,7 @@ from run_rl import draw_problems, sample_trajectories, train
 from thor.attention import use_layout_attention
 from thor.engines import HFEngine
 from thor.rollout import Sampling, solve
-from thor.run_folder import Run
+from thor.run_folder import LOGS, Run
 from thor.settings import UserError, parse_settings
 from thor.training import trainer as trainer_module
 from thor.training.model import load_model, save_model
@@ -41,10 +41,20 @@ def ledger(prompt: list[int], response: list[int]) -> Trajectory:
     return trajectory
 
 
+def without_seconds(value):
+    """JSON data without the durations in it, which differ from run to run."""
+    if isinstance(value, dict):
+        return {key: without_seconds(x) for key, x in value.items() if not key.startswith("seconds")}
+    return [without_seconds(x) for x in value] if isinstance(value, list) else value
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a log, without durations. Each line is complete."""
+    return [without_seconds(json.loads(line)) for line in path.read_text().split("\n")[:-1]]
+
+
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of metrics.jsonl without the durations, which differ from run to run."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if not key.startswith("seconds")} for record in records]
+    return read_log(folder / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +153,10 @@ def test_skipped_steps_are_counted_and_dumped(run, executor, monkeypatch):
     rows = [json.loads(line) for line in (run / "skipped" / names[0]).read_text().splitlines()]
     assert {row["level"] for row in rows} == {"trajectory", "step"}
     for row in rows:
-        n = sum(row["action_mask"])
-        assert [len(row[name]) for name in ("advantages", "logp_old", "logp", "logp_sampler")] == [n] * 4
-        assert len(row["token_ids"]) == len(row["action_mask"]) and row["prompt_ids"]
-        assert row["logp_old"] == pytest.approx(row["logp_sampler"], abs=1e-4)
+        trajectory = Trajectory.from_dict(row)
+        assert [len(row[name]) for name in ("advantages", "logp_old", "logp")] == [trajectory.num_sampled] * 3
+        assert len(row["token_ids"]) == len(trajectory.action_mask) and row["prompt_ids"]
+        assert row["logp_old"] == pytest.approx(trajectory.action_logps, abs=1e-4)
 
 
 def test_three_skipped_steps_in_a_row_stop_rl_with_a_good_checkpoint(run, executor, monkeypatch):
@@ -175,7 +185,8 @@ def test_three_skipped_steps_in_a_row_stop_sft(tmp_path, monkeypatch):
     assert [m["skipped"] for m in run.read("metrics.jsonl")] == [0, 1, 0, 1, 1, 1]
     [*_, last] = sorted((run / "skipped").iterdir())
     rows = [json.loads(line) for line in last.read_text().splitlines()]
-    assert len(rows) == 2 and all(len(row["logp"]) == 2 and row["scored"] == [2, 3] for row in rows)
+    assert len(rows) == 2 and all(len(row["logp"]) == 2 for row in rows)
+    assert all(Trajectory.from_dict(row).action_positions == [2, 3] for row in rows)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -345,11 +356,11 @@ for point, nth, flags in json.loads(sys.argv[2]):
 def run_with_kills(tmp_path, script: str, flags: list[str], kills: list[tuple[str, int]]):
     """Run a script twice: killed at the n-th call of each of these points and resumed each time, and without kills.
 
-    Returns (metrics with kills, metrics without, run folder of the killed run).
+    Returns the folders of both runs.
     """
-    killed, uninterrupted = str(tmp_path / "killed"), str(tmp_path / "uninterrupted")
-    runs = [("", 0, [*flags, "--out", uninterrupted])]
-    runs += [(point, nth, [*flags, "--out", killed, "--resume"]) for point, nth in [*kills, ("", 0)]]
+    killed, uninterrupted = tmp_path / "killed", tmp_path / "uninterrupted"
+    runs = [("", 0, [*flags, "--out", str(uninterrupted)])]
+    runs += [(point, nth, [*flags, "--out", str(killed), "--resume"]) for point, nth in [*kills, ("", 0)]]
     done = subprocess.run(
         [sys.executable, "-c", KILLER, script, json.dumps(runs)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
@@ -359,10 +370,10 @@ def run_with_kills(tmp_path, script: str, flags: list[str], kills: list[tuple[st
     )
     statuses = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status")]
     assert statuses == [0, *[-9] * len(kills), 0], done.stdout + done.stderr[-2000:]
-    return read_metrics(Path(killed)), read_metrics(Path(uninterrupted)), Path(killed)
+    return killed, uninterrupted
 
 
-def test_rl_killed_ten_times_gives_the_same_metrics_bit_for_bit(tmp_path, model_folder):
+def test_rl_killed_ten_times_gives_the_same_logs_bit_for_bit(tmp_path, model_folder):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"question": f"q{i}", "answer": "4"}) + "\n" for i in range(6)))
     flags = ["--data", str(data), "--model", str(model_folder), "--device", "cpu", "--evaluate", "False"]
@@ -373,11 +384,14 @@ def test_rl_killed_ten_times_gives_the_same_metrics_bit_for_bit(tmp_path, model_
     kills = [(point, rng.randint(1, nth)) for point, nth in most.items()]
     kills += [(point, rng.randint(1, most[point])) for point in rng.choices(list(most), k=4)]
     rng.shuffle(kills)
-    killed, uninterrupted, folder = run_with_kills(tmp_path, "rl", flags, kills)
-    assert killed == uninterrupted and len(uninterrupted) == 16
-    assert any(m.get("tokens_step") for m in uninterrupted) and any(m.get("tokens_trajectory") for m in uninterrupted)
-    assert sorted(p.name for p in (folder / "checkpoints").glob("*.pt")) == ["000014.pt", "000016.pt", "latest.pt"]
-    load_model(str(folder / "final"), "cpu")
+    killed, uninterrupted = run_with_kills(tmp_path, "rl", flags, kills)
+    for name in LOGS:
+        assert read_log(killed / name) == read_log(uninterrupted / name)
+    metrics = read_metrics(killed)
+    assert len(metrics) == 16
+    assert any(m.get("tokens_step") for m in metrics) and any(m.get("tokens_trajectory") for m in metrics)
+    assert sorted(p.name for p in (killed / "checkpoints").glob("*.pt")) == ["000014.pt", "000016.pt", "latest.pt"]
+    load_model(str(killed / "final"), "cpu")
 
 
 def test_sft_killed_five_times_gives_the_same_metrics_bit_for_bit(tmp_path, model_folder):
@@ -390,14 +404,14 @@ def test_sft_killed_five_times_gives_the_same_metrics_bit_for_bit(tmp_path, mode
     flags = ["--data", str(data), "--model", str(model_folder), "--device", "cpu", "--evaluate", "False"]
     flags += ["--batch", "2", "--save_every", "3", "--max_tokens_per_micro_batch", "60"]
     kills = [("update", 9), ("checkpoint", 1), ("log", 5), ("rename", 4), ("link", 2)]
-    killed, uninterrupted, _ = run_with_kills(tmp_path, "sft", flags, kills)
+    killed, uninterrupted = map(read_metrics, run_with_kills(tmp_path, "sft", flags, kills))
     assert killed == uninterrupted and len(uninterrupted) == 12
 
 
 def test_checkpoint_of_another_version_is_refused_and_metrics_stay(run, tokenizer):
     run.log(0, {"loss": 1.0})
     (run / "checkpoints").mkdir()
-    torch.save({"model": {}, "progress": {"step": 5}}, run / "checkpoints/000005.pt")
+    torch.save({"model": {}, "state": {"iteration": 5}}, run / "checkpoints/000005.pt")
     (run / "checkpoints/latest.pt").symlink_to("000005.pt")
     with pytest.raises(UserError, match=r"latest.pt: not a checkpoint of this version"):
         Trainer(tiny_llama(tokenizer), run, SETTINGS)

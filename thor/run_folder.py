@@ -1,7 +1,7 @@
 """The folder of one run: config.json, metrics.jsonl, trajectories.jsonl, checkpoints/, final/ and the tracker's files.
 
 Files and folders are written under a temporary name and then renamed, so a file under its final name is complete.
-jsonl files grow line by line; a line that was cut off by a crash is dropped when the run is resumed.
+jsonl files grow line by line. A checkpoint holds their sizes, and a resumed run cuts them back to these sizes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from thor.distributed import rank
 from thor.settings import UserError
+
+LOGS = ("metrics.jsonl", "trajectories.jsonl")  # files that grow during training
 
 
 class Run:
@@ -69,7 +71,7 @@ class Run:
         """Add one line to a jsonl file."""
         if rank() == 0:
             with (self / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(to_line(record))
 
     def read(self, name: str) -> list[dict]:
         """The records of a jsonl file. An incomplete last line is cut off the file."""
@@ -83,17 +85,26 @@ class Run:
         return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
 
     def write_trajectories(self, name: str, trajectories: list, tokenizer, **extra: Any) -> None:
-        """Add trajectories to a jsonl file: the token ledger, and its text for people to read."""
+        """Add trajectories to a jsonl file, for `Trajectory.from_dict`, with their text for people to read."""
         for trajectory in trajectories if rank() == 0 else ():
             self.append(name, {**extra, "text": trajectory.text(tokenizer), **trajectory.to_dict()})
 
-    def rewind(self, name: str, keep: Callable[[dict], bool]) -> None:
-        """Drop the records of a jsonl file that are newer than the checkpoint; the resumed run writes them again."""
-        path, temporary = self / name, self / f"{name}.tmp"
-        if rank() == 0 and path.exists():
-            with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
-                new.writelines(line for line in old if line.endswith("\n") and keep(json.loads(line)))
-            os.replace(temporary, path)
+    def log_sizes(self) -> dict[str, int]:
+        """The size in bytes of each file in LOGS, for `rewind`."""
+        return {name: (self / name).stat().st_size if (self / name).exists() else 0 for name in LOGS}
+
+    def rewind(self, name: str, offset: int) -> None:
+        """Cut a file to its first `offset` bytes, which were there at the checkpoint; the resumed run writes the rest.
+
+        A file that was deleted starts again. Raises UserError if the file is shorter than `offset`.
+        """
+        path = self / name
+        if rank() or not path.exists():
+            return
+        size = path.stat().st_size
+        if size < offset:
+            raise UserError(f"{path}: has {size} bytes, but had {offset} at the checkpoint; restore or delete it")
+        os.truncate(path, offset)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Add one line to metrics.jsonl, with null for NaN and infinity, and report the others to the trackers."""
@@ -146,6 +157,12 @@ class Run:
         shutil.rmtree(old, ignore_errors=True)  # also one left by a run that was killed between the two renames
 
 
+def spread(items: Sequence, count: int) -> list:
+    """At most `count` of the items, at equal distances. Of groups of one size, each then gives about as many."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def check_trackers(names: str) -> list[str]:
     """The trackers in a comma-separated list, or none for 'none'. Raises UserError if one is unknown or missing."""
     wanted = [] if names == "none" else [name.strip() for name in names.split(",")]
@@ -156,6 +173,11 @@ def check_trackers(names: str) -> list[str]:
         if name not in installed:
             raise UserError(f"--report_to {name}: its package is not installed; pip install {name}")
     return wanted
+
+
+def to_line(record: dict) -> str:
+    """A line of a jsonl file."""
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -9,10 +9,15 @@ Shapes, in all files: B sequences, T tokens, V vocabulary, G group size, P probl
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import struct
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from thor.text import decode
+
+LOGGED = 1000  # characters of a snippet's stdout and of its error that files keep; the sandbox keeps up to 64 KiB
 
 
 @dataclass(frozen=True)
@@ -162,16 +167,39 @@ class Trajectory:
                 spans.append(decode(tokenizer, self.token_ids[step.observe_start : step.end]))
         return "".join(spans)
 
+    # ---- files ----
+
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """The ledger as compact JSON data. Exact, except that stdout and error are cut to LOGGED characters.
+
+        Instead of action_mask: `mask_runs`, the lengths of its runs, of which the first, third... are sampled.
+        Instead of logp_sampler: `logp_base64`, those of the sampled tokens as little-endian float32, which is what
+        engines report, or as float64 if float32 would change one of them.
+        """
+        record = dataclasses.asdict(self)
+        del record["action_mask"], record["logp_sampler"]
+        runs = [len(list(run)) for _, run in groupby(self.action_mask)]
+        record["mask_runs"] = [0, *runs] if self.action_mask[:1] == [False] else runs
+        logps = self.action_logps
+        packed = struct.pack(f"<{len(logps)}f", *logps)
+        if any(a != b == b for a, (b,) in zip(logps, struct.iter_unpack("<f", packed), strict=True)):  # NaN is NaN
+            packed = struct.pack(f"<{len(logps)}d", *logps)
+        record["logp_base64"] = base64.b64encode(packed).decode("ascii")
+        for result in (step["result"] for step in record["steps"] if step["result"]):
+            result |= {name: result[name][:LOGGED] for name in ("stdout", "error")}
+        return record
 
     @classmethod
     def from_dict(cls, record: dict) -> Trajectory:
         """Inverse of `to_dict`. Ignores other keys, such as the text and the iteration."""
         names = {f.name for f in dataclasses.fields(cls)}
-        steps = [
+        own = {name: value for name, value in record.items() if name in names}
+        own["problem"] = Problem(**record["problem"])
+        own["steps"] = [
             Step(**{**step, "result": ExecResult(**step["result"]) if step["result"] else None})
             for step in record["steps"]
         ]
-        own = {name: value for name, value in record.items() if name in names}
-        return cls(**{**own, "problem": Problem(**record["problem"]), "steps": steps})
+        mask = [i % 2 == 0 for i, length in enumerate(record["mask_runs"]) for _ in range(length)]
+        packed = base64.b64decode(record["logp_base64"])
+        logps = struct.iter_unpack("<f" if len(packed) == 4 * sum(mask) else "<d", packed)
+        return cls(**own, action_mask=mask, logp_sampler=[next(logps)[0] if sampled else 0.0 for sampled in mask])

@@ -5,7 +5,6 @@ Shapes: N action tokens of a micro-batch.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 
 from thor.attention import distinct_tokens, micro_batches
 from thor.distributed import all_reduce_sum, barrier, gather, rank, world_size
-from thor.run_folder import Run, write_atomic
+from thor.run_folder import LOGS, Run, to_line, write_atomic
 from thor.settings import UserError, setting
 from thor.training.model import FULL_STATE, checkpoint_gradients, shard
 from thor.training.scoring import Scores, score_tokens
@@ -150,7 +149,8 @@ class Trainer:
     """Owns the model, the optimizer and the state of a training run, and resumes the run's last checkpoint.
 
     temperature: of the softmax that scores tokens. value_lr: learning rate of the value head, if there is one.
-    reference: a frozen model to score with, sharded like the policy. state: part of each checkpoint.
+    reference: a frozen model to score with, sharded like the policy. state: part of each checkpoint, as are the sizes
+    of the run's logs, to which a resumed run cuts them.
     """
 
     def __init__(
@@ -173,9 +173,10 @@ class Trainer:
         groups = [{"params": body}, *([{"params": head, "lr": value_lr}] if head else [])]
         options = {"lr": settings.lr, "betas": (0.9, 0.95), "weight_decay": settings.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(groups, **options)
-        self.state = {"iteration": 0, "skipped_in_a_row": 0} | self._restore()
+        self.state = {"iteration": 0, "skipped_in_a_row": 0, "log_sizes": {}} | self._restore()
         self.steps = 0  # optimizer steps of this iteration
-        run.rewind("metrics.jsonl", lambda record: record["step"] < self.state["iteration"])
+        for name in LOGS:
+            run.rewind(name, self.state["log_sizes"].get(name, 0))
         run.start_trackers(self.state["iteration"])
 
     def iterations(self, total: int, name: str, unit: str) -> Iterator[int]:
@@ -259,14 +260,13 @@ class Trainer:
             sample, trajectory = samples[b], samples[b].trajectory
             tensors = {"advantages": sample.token_advantages, "logp": logp}
             tensors |= {name: getattr(sample, name) for name in OPTIONAL if getattr(sample, name) is not None}
-            record = trajectory.to_dict() | {"level": sample.level, "scored": trajectory.action_positions}
-            record |= {"logp_sampler": trajectory.action_logps}
-            records.append(record | {name: tensor.tolist() for name, tensor in tensors.items()})
+            lists = {name: tensor.tolist() for name, tensor in tensors.items()}
+            records.append(trajectory.to_dict() | {"level": sample.level} | lists)
         if records:
             folder = self.run / "skipped"
             folder.mkdir(parents=True, exist_ok=True)  # on another node the run folder may not exist yet
             name = f"{self.state['iteration']:06d}-{self.steps}-rank{rank()}.jsonl"
-            write_atomic(folder / name, "".join(json.dumps(record) + "\n" for record in records))
+            write_atomic(folder / name, "".join(map(to_line, records)))
 
     # ---- checkpoints ----
 
@@ -278,7 +278,7 @@ class Trainer:
         saved = {
             "model": full_state.get_model_state_dict(self.model, options=FULL_STATE),
             "optimizer": None,
-            "state": state,
+            "state": state | {"log_sizes": self.run.log_sizes()},
         }
         if self.optimizer.state:  # before the first step there is none, and asking for it would create some
             saved["optimizer"] = full_state.get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE)
@@ -305,7 +305,7 @@ class Trainer:
             raise UserError(f"{path}: broken symlink; link it to a checkpoint in this folder, or start elsewhere")
         if rank() == 0 and path.exists():
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            if "state" not in saved:
+            if "log_sizes" not in saved.get("state", {}):
                 raise UserError(f"{path}: not a checkpoint of this version; start in another folder")
         state, has_optimizer = gather((saved.get("state"), bool(saved.get("optimizer"))))[0]
         if state is None:
