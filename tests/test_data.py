@@ -32,9 +32,9 @@ def test_jsonl_may_have_bom_crlf_blank_lines_and_unicode(tmp_path):
         json.dumps({"question": " x ", "answer": 4.0, "family": "toy", "other": {"ignored": 1}}).encode(),
     )
     assert load_problems(source) == [
-        Problem("set/0", "1+1?", "2"),
-        Problem("7", "Wie groß ist π \u2028 ungefähr?", "3.5"),
-        Problem("set/2", "x", "4", "toy"),
+        Problem("set/0", "1+1?", "2", source="set"),
+        Problem("7", "Wie groß ist π \u2028 ungefähr?", "3.5", source="set"),
+        Problem("set/2", "x", "4", "toy", "set"),
     ]
     assert len(load_problems(source, split="whatever", limit=2, seed=9)) == 2
 
@@ -53,6 +53,79 @@ def test_answer_formats_of_gsm8k_math_and_olympiadbench(tmp_path):
     assert problems[2].question == "Let c.\nq"
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Add. #### 1,250", "1250"),
+        ("#### -1,234,567.5", "-1234567.5"),
+        ("#### $12,000 ", "$12000"),
+        ("Divide. #### 0,1", "0,1"),  # a decimal comma
+        ("#### 0,125", "0,125"),
+        ("#### 12,50", "12,50"),
+        ("#### 1,2,3", "1,2,3"),  # a list
+        ("#### (1,250)", "(1,250)"),  # a pair
+        ("#### 1,250, 3", "1,250, 3"),
+    ],
+)
+def test_only_thousands_separators_are_removed_from_answers(tmp_path, answer, expected):
+    source = write(tmp_path / "a.jsonl", json.dumps({"question": "q", "answer": answer}).encode())
+    assert load_problems(source)[0].answer == expected
+
+
+def chat_row(content, truth="42", **more):
+    message = {"role": "user", "content": content}
+    return {"prompt": [message], "reward_model": {"ground_truth": truth, "style": "rule"}, **more}
+
+
+def test_rows_of_dapo_and_verl_lose_their_instructions(tmp_path):
+    dapo = (
+        "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+        "$Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is\n\n6*7?\n\n"
+        'Remember to put your answer on its own line after "Answer:".'
+    )
+    verl = "What is 6*7? Let's think step by step and output the final answer "
+    rows = [
+        chat_row("What is 6*7?"),
+        chat_row(dapo, data_source="math_dapo"),
+        chat_row(verl + 'after "####".'),
+        chat_row(verl + "within \\boxed{}."),
+        chat_row("What is 6*7?", 42),
+        {**chat_row(""), "prompt": "What is 6*7?"},
+    ]
+    rows[0]["prompt"].insert(0, {"role": "system", "content": "You are a calculator."})
+    source = write(tmp_path / "a.jsonl", *(json.dumps(row).encode() + b"\n" for row in rows))
+    problems = load_problems(source)
+    assert {p.answer for p in problems} == {"42"}
+    assert [p.question for p in problems] == ["What is 6*7?", "What is\n\n6*7?"] + ["What is 6*7?"] * 4
+
+
+def test_rows_of_svamp_have_capitalised_columns(tmp_path):
+    row = {"ID": "chal-1", "Body": "Ann has 3 pens.", "Question": "How many pens?", "Answer": "3.0"}
+    source = write(tmp_path / "a.jsonl", json.dumps(row).encode())
+    assert load_problems(source) == [Problem("chal-1", "Ann has 3 pens.\nHow many pens?", "3.0", source="a")]
+
+
+def test_pass_rate_is_optional(tmp_path):
+    rows = [{"question": "q", "answer": "1", "pass_rate": rate} for rate in (0, 0.25, 1.0, None)]
+    source = write(tmp_path / "a.jsonl", *(json.dumps(row).encode() + b"\n" for row in rows))
+    assert [p.pass_rate for p in load_problems(source)] == [0.0, 0.25, 1.0, None]
+
+
+def test_several_sources_are_loaded_in_order_with_unique_ids(tmp_path):
+    for name, answers in (("one", [1, 2, 3]), ("two", [4, 5])):
+        rows = [json.dumps({"question": "q", "answer": a, "id": a % 2}).encode() + b"\n" for a in answers]
+        write(tmp_path / f"{name}.jsonl", *rows)
+    source = f"{tmp_path / 'one.jsonl'}, {tmp_path / 'two.jsonl'}"
+    problems = load_problems(source)
+    assert [(p.source, p.answer) for p in problems] == [("one", a) for a in "123"] + [("two", a) for a in "45"]
+    assert [p.id for p in problems] == ["1", "0", "1/2", "two/0", "two/1"]
+    assert [p.answer for p in load_problems(source, limit=1)] == ["1", "4"]
+    with pytest.raises(ValueError, match="two sources are named 'synthetic'"):
+        load_problems("synthetic,synthetic", limit=2)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        load_problems(f"{tmp_path / 'one.jsonl'},missing")
+
+
 def test_parquet_rows_are_loaded(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -60,7 +133,10 @@ def test_parquet_rows_are_loaded(tmp_path):
     path = tmp_path / "set.parquet"
     table = {"question": ["a", "b", "c"], "answer": [1.0, 2.5, None], "id": ["x", None, "z"]}
     parquet.write_table(pyarrow.table(table), path)
-    assert load_problems(str(path), limit=2) == [Problem("x", "a", "1"), Problem("set/1", "b", "2.5")]
+    assert load_problems(str(path), limit=2) == [
+        Problem("x", "a", "1", source="set"),
+        Problem("set/1", "b", "2.5", source="set"),
+    ]
     with pytest.raises(ValueError, match=r"set\.parquet: row 3: no answer"):
         load_problems(str(path))
 
@@ -91,6 +167,12 @@ GOOD = b'{"question": "q", "answer": "1"}\n'
         ("a.jsonl", GOOD + b'{"question": {}, "answer": 1}\n', r"a\.jsonl:2: 'question' is of type dict"),
         ("a.jsonl", GOOD + b'{"question": "q", "answer": true}\n', r"a\.jsonl:2: 'answer' is of type bool"),
         ("a.jsonl", GOOD + b'{"question": "\\ud800", "answer": 1}\n', r"a\.jsonl:2: 'question' has an unpaired"),
+        ("a.jsonl", GOOD + b'{"question": "q", "answer": 1, "pass_rate": 2}\n', r"a\.jsonl:2: 'pass_rate' is 2"),
+        ("a.jsonl", GOOD + b'{"question": "q", "answer": 1, "pass_rate": "0"}\n', r"a\.jsonl:2: 'pass_rate' is '0'"),
+        ("a.jsonl", GOOD + b'{"prompt": [], "answer": 1}\n', r"a\.jsonl:2: 'prompt' must be a chat"),
+        ("a.jsonl", GOOD + b'{"prompt": [{"role": "assistant"}], "answer": 1}\n', r"a\.jsonl:2: 'prompt' must be"),
+        ("a.jsonl", GOOD + b'{"entry_point": "f", "test": "", "prompt": null}\n', r"a\.jsonl:2: not a row of"),
+        ("a.jsonl", GOOD + b'{"code": "def f(): 1", "test_list": []}\n', r"a\.jsonl:2: not a row of HumanEval"),
         ("a.json", b'[{"question": "q",\n "answer": 1},\n oops]', r"a\.json:3: invalid JSON"),
         ("a.json", b'{"question": "q", "answer": 1}', r"a\.json:1: expected a list"),
         ("a.json", GOOD + GOOD, r"a\.json:2: invalid JSON"),
@@ -139,15 +221,17 @@ def test_hub_data_sets_are_loaded_with_configuration_and_split(monkeypatch):
         return [{"question": "q", "problem": "q", "answer": "1", "final_answer": ["1"]}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_problems("gsm8k", split="test") == [Problem("gsm8k/0", "q", "1")]
-    assert load_problems("aime24", split="test") == [Problem("aime24/0", "q", "1")]
-    assert load_problems("some/set-v1.5:extra") == [Problem("set-v1.5:extra/0", "q", "1")]
+    assert load_problems("gsm8k", split="test") == [Problem("gsm8k/0", "q", "1", source="gsm8k")]
+    assert load_problems("aime24", split="test") == [Problem("aime24/0", "q", "1", source="aime24")]
+    [problem] = load_problems("some/set-v1.5:extra")
+    assert problem == Problem("set-v1.5:extra/0", "q", "1", source="set-v1.5:extra")
     assert asked == [
         ("openai/gsm8k", "main", "test"),
         ("HuggingFaceH4/aime_2024", None, "train"),
         ("some/set-v1.5", "extra", "train"),
     ]
-    assert set(BENCHMARKS) == {"gsm8k", "math500", "aime24", "aime25", "amc23", "minerva", "olympiadbench"}
+    mathematics = {"gsm8k", "math500", "aime24", "aime25", "amc23", "minerva", "olympiadbench", "svamp"}
+    assert set(BENCHMARKS) == mathematics | {"humaneval", "humaneval+", "mbpp", "mbpp+"}
     with pytest.raises(ValueError, match=r"no/body.*check the name and the network.*\(no network\)") as caught:
         load_problems("no/body")
     assert "\n" not in str(caught.value)

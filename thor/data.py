@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from thor.code_problems import code_problem
 from thor.demo import synthetic_problems
 from thor.text import extract_answer
 from thor.trajectory import Problem
@@ -24,20 +25,34 @@ BENCHMARKS = {  # name -> hub data set, configuration, split (None: the requeste
     "amc23": ("math-ai/amc23", None, "test"),
     "minerva": ("math-ai/minervamath", None, "test"),
     "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
+    "svamp": ("ChilleD/SVAMP", None, None),
+    "humaneval": ("openai/openai_humaneval", None, "test"),
+    "humaneval+": ("evalplus/humanevalplus", None, "test"),
+    "mbpp": ("google-research-datasets/mbpp", "sanitized", "test"),
+    "mbpp+": ("evalplus/mbppplus", None, "test"),
 }
-COLUMNS = ("id", "context", "question", "problem", "answer", "final_answer", "solution", "family")
+COLUMNS = ("id", "context", "body", "question", "problem", "answer", "final_answer", "solution", "family")
+THOUSANDS = re.compile(r"[-+$]*[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
+INSTRUCTIONS = re.compile(  # those of DAPO and verl about the form of the answer; the prompt has its own
+    r"\ASolve the following math problem step by step\. The last line .*\n\n"
+    r"|\n\nRemember to put your answer on its own line after \"Answer:\"\.\Z"
+    r"|\s*Let's think step by step and output the final answer (?:after \"####\"|within \\boxed\{\})\.\Z"
+)
 
 
 def load_problems(source: str, split: str = "train", limit: int | None = None, seed: int = 0) -> list[Problem]:
-    """Load problems in the order of their source.
+    """Load problems in the order of their source. Their ids are unique.
 
-    source: 'synthetic', a name in BENCHMARKS, a .jsonl, .json or .parquet file, or a hub data set 'owner/name' or
-        'owner/name:configuration'. A row needs a `question` or `problem`, and an `answer` or a `solution` with a
-        \\boxed{}. An answer in GSM8K's format ("... #### 42") becomes "42". `context` is prepended to the question.
-        `id` and `family` are optional.
+    source: 'synthetic', a name in BENCHMARKS, a .jsonl, .json or .parquet file, a hub data set 'owner/name' or
+        'owner/name:configuration', or several of these separated by commas. A row needs a `question` or `problem`, and
+        an `answer` or a `solution` with a \\boxed{}. An answer in GSM8K's format ("... #### 42") becomes "42".
+        `context` is prepended to the question. `id`, `family` and `pass_rate` (in [0, 1]) are optional. Rows of DAPO
+        and verl (a chat in `prompt`, the answer in `reward_model`) and of code benchmarks (see `code_problem`) are read
+        as well.
     split: 'train' or 'test' for synthetic problems (disjoint for all seeds), or the split of a hub data set. Ignored
         for files and for benchmarks with a single split.
-    limit: load only the first `limit` rows; later rows are not checked. None loads all (256 for 'synthetic').
+    limit: load only the first `limit` rows of each source; later rows are not checked. None loads all (256 for
+        'synthetic').
     seed: seed of the synthetic problems; other sources ignore it.
 
     Raises FileNotFoundError or ValueError with a one-line message that names the file and, where there is one, the
@@ -45,8 +60,25 @@ def load_problems(source: str, split: str = "train", limit: int | None = None, s
     """
     if limit is not None and limit <= 0:
         raise ValueError(f"limit is {limit}: must be at least 1")
+    names = [source] if Path(source).exists() else [name.strip() for name in source.split(",")]
+    loaded = [_load(name, split, limit, seed) for name in names]
+    labels = [problems[0].source for problems in loaded]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"{source}: two sources are named '{label}'; the results need different names")
+    problems, seen = [], set()
+    for problem in (problem for part in loaded for problem in part):
+        if problem.id in seen:
+            problem = replace(problem, id=f"{problem.source}/{problem.id}")
+        seen.add(problem.id)
+        problems.append(problem)
+    return problems
+
+
+def _load(source: str, split: str, limit: int | None, seed: int) -> list[Problem]:
+    """Load the problems of a single source."""
     if source == "synthetic":
-        return synthetic_problems(split, limit or SYNTHETIC_DEFAULT, seed)
+        return [replace(p, source=source) for p in synthetic_problems(split, limit or SYNTHETIC_DEFAULT, seed)]
     path = Path(source)
     suffix = path.suffix.lower()
     if source not in BENCHMARKS and (path.exists() or suffix[1:2].isalpha()):  # a hub name may end in ".5"
@@ -54,10 +86,10 @@ def load_problems(source: str, split: str = "train", limit: int | None = None, s
             raise FileNotFoundError(f"{source}: no such file")
         if path.is_dir() or suffix not in READERS:
             raise ValueError(f"{source}: expected a {', '.join(READERS)} file")
-        rows, stem = READERS[suffix](path), path.stem
+        rows, label = READERS[suffix](path), path.stem
     else:
-        rows, stem = _hub_rows(source, split), source.split("/")[-1]
-    problems = [_problem(row, where, f"{stem}/{i}") for i, (where, row) in enumerate(islice(rows, limit))]
+        rows, label = _hub_rows(source, split), source.split("/")[-1]
+    problems = [_problem(row, where, label, i) for i, (where, row) in enumerate(islice(rows, limit))]
     if not problems:
         raise ValueError(f"{source}: is empty; expected rows with a question and an answer")
     seen: set[str] = set()
@@ -137,21 +169,47 @@ def _parse_json(raw: bytes, path: Path, line: int) -> Any:
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _problem(row: Any, where: str, default_id: str) -> Problem:
+def _problem(row: Any, where: str, source: str, number: int) -> Problem:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with a question and an answer, found {type(row).__name__}")
+    if code := code_problem(row, where):
+        task, question, tests = code
+        return Problem(task or f"{source}/{number}", question, source=source, tests=tests)
+    row = {name.lower(): value for name, value in row.items()}  # SVAMP's names are capitalised
     cells = {column: _text(row.get(column), f"{where}: '{column}'") for column in COLUMNS}
-    question = cells["question"] or cells["problem"]
+    question = cells["question"] or cells["problem"] or _chat_question(row.get("prompt"), where)
+    question = "\n".join(filter(None, (cells["context"], cells["body"], question)))
     answer = cells["answer"] or cells["final_answer"]  # OlympiadBench uses final_answer
     if "####" in answer:
-        answer = answer.rpartition("####")[2].strip().replace(",", "")
+        answer = answer.rpartition("####")[2].strip()
+        answer = answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
+    if not answer and isinstance(row.get("reward_model"), dict):
+        answer = _text(row["reward_model"].get("ground_truth"), f"{where}: 'ground_truth'")
     answer = answer or extract_answer(cells["solution"]) or ""
     if not question:
         raise ValueError(f"{where}: no question; expected text in 'question' or 'problem'")
     if not answer:
         raise ValueError(f"{where}: no answer; expected text or a number in 'answer', or \\boxed{{}} in 'solution'")
-    question = "\n".join(filter(None, (cells["context"], question)))
-    return Problem(cells["id"] or default_id, question, answer, cells["family"])
+    rate = _pass_rate(row.get("pass_rate"), f"{where}: 'pass_rate'")
+    return Problem(cells["id"] or f"{source}/{number}", question, answer, cells["family"], source, rate)
+
+
+def _chat_question(prompt: Any, where: str) -> str:
+    """The question in a chat (rows of DAPO and verl), or in a plain text, without its instructions about the answer."""
+    if isinstance(prompt, list):
+        turns = [m for m in prompt if isinstance(m, dict) and m.get("role") != "system"]
+        if [turn.get("role") for turn in turns] != ["user"]:
+            raise ValueError(f"{where}: 'prompt' must be a chat with one message of the user")
+        prompt = turns[0].get("content")
+    return INSTRUCTIONS.sub("", _text(prompt, f"{where}: 'prompt'")).strip()
+
+
+def _pass_rate(value: Any, where: str) -> float | None:
+    if value is None or value != value:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{where} is {value!r}, expected a number from 0 to 1")
+    return float(value)
 
 
 def _text(value: Any, where: str) -> str:

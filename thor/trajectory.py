@@ -24,10 +24,13 @@ LOGGED = 1000  # characters of a snippet's stdout and of its error that files ke
 class Problem:
     """A question with its gold answer, which is empty if it is not known."""
 
-    id: str
+    id: str  # unique among the problems that are loaded together
     question: str
     answer: str = ""
     family: str = ""  # kind of problem, if the source has one
+    source: str = ""  # the benchmark or file that it is from
+    pass_rate: float | None = None  # share of solved samples, in [0, 1], if the source has one
+    tests: str = ""  # of a code problem, whose answer is a program: see thor/code_problems.py
 
 
 @dataclass(frozen=True)
