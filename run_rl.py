@@ -50,7 +50,6 @@ from thor.training.model import add_value_head, load_model, model_source, policy
 from thor.training.scoring import Scores, score_text
 from thor.training.trainer import Batch, Sample, Trainer, TrainSettings
 from thor.trajectory import Problem, Step, Trajectory
-from thor.verify import grade
 
 
 @dataclass(frozen=True)
@@ -305,7 +304,6 @@ def sample_trajectories(engine, executor, problems, cursor: int, iteration: int,
     tokenizer, finished = engine.tokenizer, Counter()  # on this rank, for the bar
 
     def done(i: int, trajectory: Trajectory) -> None:
-        trajectory.reward = None if trajectory.finish == "infra" else grade(trajectory, tokenizer)
         finished["trajectories"] += 1
         bar.set_postfix_str(f"draw {counts['draws']}, {finished['trajectories']} sampled", refresh=False)
         bar.update(0)

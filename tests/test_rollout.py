@@ -4,16 +4,14 @@ import base64
 import dataclasses
 import json
 import struct
-from concurrent.futures import Future
 
 import pytest
 from conftest import ScriptedEngine, ScriptedExecutor, passes_unless_bad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thor.engines import Request
 from thor.prompts import observation_text, render_prompt
-from thor.rollout import INFRA_TRIES, Ask, Sampling, drive, regenerate_step, solve, split_think
+from thor.rollout import INFRA_TRIES, Sampling, drive, regenerate_step, solve, split_think
 from thor.run_folder import to_line
 from thor.settings import derive_seed
 from thor.text import decode
@@ -268,66 +266,6 @@ def test_regenerated_step_that_fails_has_reward_0(tokenizer):
     task = regenerate_step(engine, trajectory, trajectory.steps[0], "s", Sampling(max_tokens=900), 9)
     [sample] = drive([task], engine, ScriptedExecutor(passes_unless_bad))
     assert sample.reward == 0.0
-
-
-# ---- event loop -----------------------------------------------------------------------------------------------------
-
-
-def test_decoding_does_not_wait_for_tools(tokenizer):
-    """The first snippet returns only after all other trajectories have ended. A loop that waited for it would hang."""
-    pending: list[Future] = []
-    finished: list[int] = []
-
-    class SlowFirst(ScriptedExecutor):
-        def submit(self, code):
-            if pending:
-                return super().submit(code)
-            pending.append(Future())
-            return pending[0]
-
-    def done(i, trajectory):
-        finished.append(i)
-        if len(finished) == 5:
-            pending[0].set_result(ExecResult("ok", "late"))
-
-    engine = ScriptedEngine(tokenizer, turns("```python\nprint(1)\n```", "end"))
-    solve(engine, SlowFirst(passes_unless_bad), [PROBLEM] * 6, Sampling(max_tokens=2000), done=done)
-    assert sorted(finished[:5]) == [1, 2, 3, 4, 5] and finished[5] == 0
-
-
-def test_in_flight_limits_tasks_and_all_run(tokenizer):
-    engine = ScriptedEngine(tokenizer, turns("x"))
-    most = 0
-
-    def task(i):
-        nonlocal most
-        yield Request(str(i), [1], 5)
-        most = max(most, len(engine.queue) + 1)
-        return i
-
-    assert drive([task(i) for i in range(9)], engine, ScriptedExecutor(None), in_flight=3) == list(range(9))
-    assert most <= 3
-
-
-def test_interrupted_drive_leaves_no_requests_behind(tokenizer):
-    """Both drives use the same request names. Each reply is the prompt, so a stale completion would show."""
-    engine = ScriptedEngine(tokenizer, lambda request, turn: str(request.token_ids))
-    other = ScriptedEngine(tokenizer, engine.reply)
-
-    def task(name: str, prompt: list[int]):
-        if name == "b":
-            first = yield Ask(other, Request(name, prompt, 20))
-            return decode(tokenizer, first.token_ids[:-1])
-        return decode(tokenizer, (yield Request(name, prompt, 20)).token_ids[:-1])
-
-    def interrupt(i, value):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        drive([task(name, [1]) for name in "abc"], engine, ScriptedExecutor(None), done=interrupt)
-    assert not engine.has_work() and not other.has_work()
-    values = drive([task(name, [2]) for name in "abc"], engine, ScriptedExecutor(None))
-    assert values == ["[2]"] * 3
 
 
 # ---- seeds ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Each trajectory is a generator that reads like the algorithm: it yields a `Request` and receives a `Completion`, or
 yields source code and receives an `ExecResult`. `drive` runs many of them at once: it steps the engine, submits each
-closed block to the executor, and keeps stepping for the others, so that decoding never waits for a tool.
+closed block to the executor, grades what has ended in other threads, and keeps stepping for the others. Decoding never
+waits for a tool or for a grade.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,9 @@ from thor.sandbox import Executor
 from thor.settings import derive_seed
 from thor.text import FenceParser, TextStream, encode
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
+from thor.verify import grade as grade_answer
 
+GRADERS = 8  # threads that grade; an answer that takes seconds to compare occupies one of them
 INFRA_TRIES = 3  # runs of a snippet whose sandbox fails, before its sample is dropped
 
 Listener = Callable[[str, str], None]  # (kind, text) with kind 'text' | 'output' | 'correction'
@@ -57,28 +60,44 @@ def drive(
     engine: Engine,
     executor: Executor,
     done: Callable[[int, Any], None] | None = None,
+    grade: Callable[[Any], None] | None = None,
     in_flight: int | None = None,
     deterministic: bool = False,
 ) -> list[Any]:
-    """Run all tasks and return their values in order. `done(index, value)` is called as each task ends.
+    """Run all tasks and return their values in order.
 
-    in_flight: tasks that run at once (default: all). If this is at most the number of rows, no cache is evicted.
+    grade: called in another thread with the value of each task that has ended; the other tasks continue meanwhile.
+    done(index, value) is called in this thread once the value is graded.
+    in_flight: maximum number of tasks to run at once. There are never more than the `max_rows` of any engine in use,
+    because a task that waits for its tool would lose its cache to a new one.
     deterministic: wait for all submitted code before each step of the engine. Then the tasks alone, and not the speed
     of the tools, determine which requests share a batch, and so how every float is rounded.
     """
     tasks = list(tasks)
     values: list[Any] = [None] * len(tasks)
+    fresh = deque(range(len(tasks)))
     waiting: dict[tuple[int, str], int] = {}  # (engine, request id) -> task
     running: dict[Future, tuple[int, str, int]] = {}  # future -> (task, code, tries)
-    engines: dict[int, Engine] = {}
-    fresh = deque(range(len(tasks)))
+    grading: dict[Future, int] = {}  # future -> task
+    used: dict[int, set[tuple[int, str]]] = {i: set() for i in fresh}  # task -> (engine, id) of its requests
+    engines: dict[int, Engine] = {id(engine): engine}
+    graders = ThreadPoolExecutor(GRADERS)
+
+    def has_room() -> bool:
+        limits = [in_flight, *(getattr(e, "max_rows", None) for e in engines.values())]
+        return all(limit is None or len(waiting) + len(running) < limit for limit in limits)
 
     def resume(i: int, message: Completion | ExecResult | None) -> None:
         try:
             wanted = tasks[i].send(message)
         except StopIteration as stop:
             values[i] = stop.value
-            if done:
+            for e, name in used.pop(i):
+                if hasattr(engines[e], "release"):
+                    engines[e].release(name)
+            if grade:
+                grading[graders.submit(grade, stop.value)] = i
+            elif done:
                 done(i, stop.value)
             return
         if isinstance(wanted, str):
@@ -88,11 +107,27 @@ def drive(
         key = (id(ask.engine), ask.request.id)
         assert key not in waiting, f"two requests named {ask.request.id} at once"
         engines[id(ask.engine)], waiting[key] = ask.engine, i
+        used[i].add(key)
         ask.engine.add(ask.request)
 
+    def collect(futures: list[Future], timeout: float | None, return_when: str) -> None:
+        ended = wait(futures, timeout, return_when).done
+        for future in sorted(ended & running.keys(), key=lambda f: running[f][0]):
+            i, code, tries = running.pop(future)
+            result = future.result()
+            if result.status == "infra" and tries < INFRA_TRIES:
+                running[executor.submit(code)] = (i, code, tries + 1)
+            else:
+                resume(i, result)
+        for future in sorted(ended & grading.keys(), key=grading.get):
+            i = grading.pop(future)
+            future.result()  # raises what `grade` raised
+            if done:
+                done(i, values[i])
+
     try:
-        while fresh or waiting or running:
-            while fresh and (in_flight is None or len(waiting) + len(running) < in_flight):
+        while fresh or waiting or running or grading:
+            while fresh and has_room():
                 resume(fresh.popleft(), None)
             busy = [e for e in engines.values() if e.has_work()]
             if waiting and not busy and not running:
@@ -101,19 +136,13 @@ def drive(
                 for completion in e.step():
                     if (id(e), completion.id) in waiting:  # else the caller added the request before
                         resume(waiting.pop((id(e), completion.id)), completion)
-            while running:
-                timeout = None if deterministic or not busy else 0
-                ended = wait(running, timeout, ALL_COMPLETED if deterministic else FIRST_COMPLETED).done
-                for future in sorted(ended, key=lambda f: running[f][0]):
-                    i, code, tries = running.pop(future)
-                    result = future.result()
-                    if result.status == "infra" and tries < INFRA_TRIES:
-                        running[executor.submit(code)] = (i, code, tries + 1)
-                    else:
-                        resume(i, result)
-                if not deterministic:
-                    break
+            timeout = 0 if busy else None  # without anything to decode, wait
+            while deterministic and running:
+                collect([*running], None, ALL_COMPLETED)
+                timeout = 0
+            collect([*running, *grading], timeout, FIRST_COMPLETED)
     finally:
+        graders.shutdown(wait=False, cancel_futures=True)
         for task in tasks:
             task.close()
         for e in engines.values():  # after an exception, a later drive must not get the completions of this one
@@ -253,6 +282,7 @@ def solve(
     suffix_tokens: int = 100,
     stop_on_failure: bool = False,
     listener: Listener | None = None,
+    grade: Callable[[Trajectory, Any], float | None] = grade_answer,
     done: Callable[[int, Trajectory], None] | None = None,
     deterministic: bool = False,
 ) -> list[Trajectory]:
@@ -262,10 +292,16 @@ def solve(
     `suffix_tokens` tokens) and sample again from there. When they are used up, the failed output stays and the model
     continues. The trajectory counts corrections and discarded tokens.
     stop_on_failure: a failed block (after all tries) ends the trajectory with finish 'failed_code'.
-    done(index, trajectory) is called as each trajectory ends. deterministic: see `drive`.
+    grade(trajectory, tokenizer) computes the reward, in another thread. It must be thread-safe.
+    done(index, trajectory) is called once a trajectory has its reward. deterministic: see `drive`.
 
-    A trajectory with finish 'infra' says nothing about the policy and must be dropped.
+    A trajectory with finish 'infra' says nothing about the policy: it is not graded and must be dropped.
     """
+
+    def set_reward(trajectory: Trajectory) -> None:
+        if trajectory.finish != "infra":
+            trajectory.reward = grade(trajectory, engine.tokenizer)
+
     prompts = {problem.question: render_prompt(engine.tokenizer, problem.question) for problem in problems}
     preamble = common_prefix(min(prompts.values()), max(prompts.values())) if len(prompts) > 1 else 0
     groups = Counter(problem.id for problem in problems)
@@ -279,7 +315,7 @@ def solve(
         sampler = TurnSampler(engine, name, sampling, shared, listener)
         trajectory = Trajectory(problem, prompt_ids)
         tasks.append(think_act_observe(sampler, trajectory, self_correct, suffix_tokens, stop_on_failure))
-    return drive(tasks, engine, executor, done, deterministic=deterministic)
+    return drive(tasks, engine, executor, done, set_reward, deterministic=deterministic)
 
 
 # ---- step level -----------------------------------------------------------------------------------------------------

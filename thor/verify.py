@@ -68,8 +68,13 @@ def verify(prediction: str, gold: str, timeout: float = 5.0) -> bool:
     return _helper.compare(prediction, gold, timeout)
 
 
-def grade(trajectory: Trajectory, tokenizer) -> float:
-    r"""The reward R, whose mean is evaluation's accuracy: 1.0 if the last \boxed answer is correct, else 0.0."""
+def grade(trajectory: Trajectory, tokenizer) -> float | None:
+    r"""The reward R, whose mean is evaluation's accuracy: 1.0 if the last \boxed answer is correct, else 0.0.
+
+    None if the gold answer is not known.
+    """
+    if not trajectory.problem.answer:
+        return None
     answer = extract_answer(trajectory.text(tokenizer, policy_only=True))
     return float(answer is not None and verify(answer, trajectory.problem.answer))
 

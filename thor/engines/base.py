@@ -121,6 +121,13 @@ class Engine(Protocol):
     context: int  # context length of the model: a request must be shorter
 
     @property
+    def max_rows(self) -> int:
+        """Number of requests to sample at once. The cache of that many trajectories is kept while their tools run.
+
+        The event loop starts no more trajectories at once. Without this attribute, it starts all.
+        """
+
+    @property
     def reproducible(self) -> bool:
         """Whether equal requests, added before equal steps, give completions that are equal bit for bit.
 
@@ -135,6 +142,12 @@ class Engine(Protocol):
 
     def has_work(self) -> bool:
         """Whether `step` has not returned the completion of some request yet."""
+
+    def release(self, request_id: str) -> None:
+        """Take note that no further request continues `request_id`, so that its cache can be evicted first.
+
+        Optional, for engines that manage their own cache.
+        """
 
     def drop(self) -> None:
         """Abort all requests, and clear all caches, because an interrupted step may have left them incomplete."""

@@ -26,7 +26,8 @@ from thor.settings import UserError
 # A prefix waits until another prefix has computed their common tokens, if that saves at least this many.
 MIN_TOKENS_TO_WAIT_FOR = 64
 # Eviction priority is the step of the last use, plus these bonuses.
-REQUESTED = 2**30  # a waiting request continues the row, or a row with this prefix
+LIVE = 2**30  # a later request may continue the row, or a row with this prefix
+REQUESTED = 2**35  # a waiting request continues the row, or a row with this prefix
 SAME_REQUEST = 2**40  # the request that needs the slot continues the row
 IN_USE = math.inf  # never evicted
 
@@ -81,6 +82,15 @@ class HFEngine:
     def reproducible(self) -> bool:
         return self.model.device.type == "cpu"
 
+    @property
+    def max_rows(self) -> int:
+        """Number of slots for the longest request that is queued or whose row is live."""
+        live = [row.request for row in self.rows.items if row and row.live]
+        lengths = [
+            len(r.token_ids) - len(_shared_tokens(r)) + r.token_limit(self.context) for r in (*self.queue, *live)
+        ]
+        return min(self.rows.max_slots, self.rows.tokens // min(round_up(max(lengths, default=1)), self.rows.tokens))
+
     def add(self, request: Request) -> None:
         length = len(request.token_ids) + request.token_limit(self.context)
         if length > self.rows.tokens:
@@ -96,6 +106,11 @@ class HFEngine:
 
     def has_work(self) -> bool:
         return bool(self.queue) or any(row and row.running for row in self.rows.items)
+
+    def release(self, request_id: str) -> None:
+        for row in self.rows.items:
+            if row and row.request.id == request_id:
+                row.live = False
 
     def drop(self) -> None:
         self.queue.clear()
@@ -188,9 +203,7 @@ class HFEngine:
         length = len(ids) - offset + limit
 
         def priority(row: Row) -> float:
-            if row.running:
-                return IN_USE
-            return row.last_used + (row.request.id in requested) * REQUESTED + (row is own) * SAME_REQUEST
+            return row.last_used + _bonus(row, requested) + (row is own) * SAME_REQUEST
 
         if own and length <= rows.capacity:
             slot = rows.items.index(own)
@@ -228,13 +241,13 @@ class HFEngine:
         in_rows = any(row and _shared_tokens(row.request) == ids for row in self.rows.items)
         if len(self.sharing[hash(ids)]) < 2 and not in_rows:
             return None
-        running, waiting = set(), set()
+        bonus: dict[int, float] = {}
         for row in self.rows.items:
-            if row and (row.running or row.request.id in requested):
-                (running if row.running else waiting).add(id(row.prefix))
+            if row:
+                bonus[id(row.prefix)] = max(bonus.get(id(row.prefix), 0), _bonus(row, requested))
 
         def priority(prefix: Prefix) -> float:
-            return IN_USE if id(prefix) in running else prefix.last_used + (id(prefix) in waiting) * REQUESTED
+            return prefix.last_used + bonus.get(id(prefix), 0)
 
         before = [prefix for prefix in prefixes.items if prefix]
         slot = prefixes.allocate(len(ids), priority)
@@ -315,6 +328,11 @@ class HFEngine:
                 row.running = False
                 finished.append(completion)
         return finished
+
+
+def _bonus(row: Row, requested: set[str]) -> float:
+    """What a row adds to its own eviction priority and to that of its prefix."""
+    return IN_USE if row.running else row.live * LIVE + (row.request.id in requested) * REQUESTED
 
 
 def _shared_tokens(request: Request) -> tuple[int, ...]:

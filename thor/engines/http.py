@@ -66,7 +66,7 @@ class HTTPEngine:
             timeout=httpx2.Timeout(timeout, connect=10.0),
             limits=httpx2.Limits(max_connections=rows, max_keepalive_connections=rows),
         )
-        self.slots = asyncio.Semaphore(rows)
+        self.max_rows, self.slots = rows, asyncio.Semaphore(rows)
         self.last_step = -POLL_INTERVAL  # end of the last step, by time.monotonic
         self.in_flight: set[Future[Completion]] = set()
         self.finished: queue.Queue[Future[Completion]] = queue.Queue()

@@ -153,6 +153,7 @@ class Row:
         token_ids: prompt and sampled tokens.
         cached: number of tokens after the prefix whose keys and values are in the slot.
         running: False once the completion is finished. The slot is kept for the next request with the same id.
+        live: False once the caller has released the request. Other requests then get the slot first.
         last_used: step of the last use.
     """
 
@@ -161,6 +162,7 @@ class Row:
     token_ids: list[int]
     cached: int = 0
     running: bool = True
+    live: bool = True
     last_used: int = 0
 
     @property

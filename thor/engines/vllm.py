@@ -83,7 +83,7 @@ class VLLMEngine:
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         self.eos = end_tokens(source, self.tokenizer)
         self.context = self.llm.llm_engine.model_config.max_model_len
-        self.score = score
+        self.score, self.max_rows = score, rows
         self.partial: dict[str, PartialCompletion] = {}
         self.asleep = False
 
