@@ -81,6 +81,7 @@ SOLVE = "from sympy import *\nx = symbols('x')\nprint(solve(x**2 - 4))"
         ("import threading\nthreading.Thread(target=print, args=(5,)).start()", "ok", "5\n", ""),
         ("print(__name__)", "ok", "__main__\n", ""),
         ("print(input())", "error", "", "EOFError: EOF when reading a line (line 1)"),
+        ("print(len(str(3**20000)), int('7' * 5000) % 10)", "ok", "9543 7\n", ""),
     ],
 )
 def test_status_stdout_and_error(ex, code, status, stdout, error):
@@ -92,6 +93,30 @@ def test_status_stdout_and_error(ex, code, status, stdout, error):
 
 def test_error_in_library_names_line_of_snippet(ex):
     assert one(ex, "import json\n\njson.loads('x')").error.endswith("line 1 column 1 (char 0) (line 3)")
+
+
+@pytest.mark.parametrize(
+    "ending, status",
+    [
+        ("1 / 0", "error"),
+        ("raise SystemExit(3)", "error"),
+        ("while True: pass", "timeout"),
+        ("import time; time.sleep(60)", "timeout"),
+        ("bytearray(10**12)", "memory"),
+        ("import os; os.fork()", "blocked"),
+        ("import os; os.abort()", "error"),
+        ("import os; os._exit(0)", "ok"),
+    ],
+)
+def test_what_was_printed_before_the_end_is_returned(ex, ending, status):
+    """Incomplete lines too, and what was written to the binary stream."""
+    result = one(ex, f"import sys\nprint('é', 1)\nsys.stdout.buffer.write(b'2\\n')\nprint(3, end='')\n{ending}")
+    assert (result.status, result.stdout) == (status, "é 1\n2\n3")
+
+
+def test_write_accepts_buffers_of_other_item_sizes(ex):
+    code = "import array, sys\nprint(sys.stdout.buffer.write(array.array('I', [0x31313131] * 2)))"
+    assert one(ex, code).stdout == "111111118\n"
 
 
 def test_results_are_in_submission_order(ex):
@@ -134,6 +159,27 @@ def test_server_process_loads_only_its_own_modules():
 @pytest.mark.parametrize("name", ["thor", "thor.trajectory", "thor.sandbox.executor", "thor.sandbox.server"])
 def test_snippets_cannot_import_thor(ex, name):
     assert one(ex, f"import {name}").error == "ModuleNotFoundError: No module named 'thor' (line 1)"
+
+
+@pytest.mark.parametrize(
+    "module, code, stdout",
+    [
+        ("scipy", "from scipy.optimize import brentq\nprint(round(brentq(lambda x: x**2 - 2, 0, 2), 6))", "1.414214\n"),
+        ("scipy", "from scipy.integrate import quad\nprint(round(quad(lambda x: x, 0, 1)[0], 6))", "0.5\n"),
+        ("scipy", "from scipy.stats import norm\nprint(norm.cdf(0))", "0.5\n"),
+        (
+            "matplotlib",
+            "import os\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\nplt.savefig('a.png')\n"
+            "print(os.path.getsize('a.png') > 1000, plt.get_backend())",
+            "True agg\n",
+        ),
+    ],
+)
+def test_libraries_work_if_they_are_installed(module, code, stdout):
+    pytest.importorskip(module)
+    with Executor(workers=1, timeout=60) as ex:
+        result = one(ex, code)
+    assert (result.stdout, result.error) == (stdout, "")
 
 
 def test_temporary_files_work(ex):

@@ -35,6 +35,7 @@ from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
 
+from thor.sandbox.portable import Portable
 from thor.sandbox.protection import LAYERS, check_protection, protection_status
 from thor.sandbox.protocol import CHILD, EXIT_BLOCKED, EXIT_ERROR, EXIT_MEMORY, KILL, RECORD
 from thor.trajectory import ExecResult
@@ -95,8 +96,8 @@ class Executor:
         self,
         workers: int | None = None,
         timeout: float = 10.0,
-        memory_mb: int = 512,
-        preload: tuple[str, ...] = ("numpy", "sympy", "mpmath", "scipy.optimize"),
+        memory_mb: int = 1024,
+        preload: tuple[str, ...] = ("numpy", "sympy", "mpmath", "scipy.optimize", "scipy.integrate"),
         require: tuple[str, ...] = (),
     ):
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -323,7 +324,7 @@ class Executor:
             kind, text = "ok", ""
         else:
             kind, text = "no_output", "no output: use print()"
-        return ExecResult(kind, stdout, text, time.monotonic() - child.started)
+        return ExecResult(kind, self._portable(stdout), self._portable(text), time.monotonic() - child.started)
 
     def _finish(self, child: Child, result: ExecResult) -> None:
         if not child.answered:
@@ -348,7 +349,7 @@ class Executor:
 
     def _start_server(self) -> None:
         self._control, theirs = socket.socketpair()
-        env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "MALLOC_ARENA_MAX": "1"}
+        env = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONINTMAXSTRDIGITS": "0", "MALLOC_ARENA_MAX": "1"}
         env |= {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")}
         env |= {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")}
         package = str(Path(__file__).parents[2])  # on sys.path for this import only: snippets must not import thor
@@ -375,6 +376,7 @@ class Executor:
         self._control.settimeout(None)
         state = json.loads(hello)
         self._folder = state["folder"]
+        self._portable = Portable(state["prefixes"], state["libraries"], self._folder)
         self.protection = protection_status(state["layers"])
         check_protection(self.protection, self._require)
 

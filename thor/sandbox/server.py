@@ -182,7 +182,7 @@ class Zygote:
         folder = self.make_folder()
         pid = os.fork()
         if pid == 0:
-            leave, status = os._exit, EXIT_SETUP  # run_snippet replaces os._exit
+            leave, status = os._exit, EXIT_SETUP  # the snippet may replace os._exit
             try:
                 status = self.child(theirs.fileno(), out_write, folder)
             except BaseException:
@@ -251,7 +251,9 @@ class Zygote:
         os.set_blocking(wake_write, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        self.control.sendall(json.dumps({"layers": sorted(self.active), "folder": self.folder}).encode() + b"\n")
+        hello = {"layers": sorted(self.active), "folder": self.folder}
+        hello |= {"prefixes": [sys.prefix, sys.base_prefix], "libraries": sys.path}
+        self.control.sendall(json.dumps(hello).encode() + b"\n")
         poll = select.poll()
         poll.register(self.control, select.POLLIN)
         poll.register(wake_read, select.POLLIN)

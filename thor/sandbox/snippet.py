@@ -18,7 +18,10 @@ SNIPPET = "<snippet>"  # file name of the user's code in tracebacks
 
 
 class CappedRaw(io.RawIOBase):
-    """Raw stdout that discards everything after the first `left` bytes, so that endless printing costs nothing."""
+    """Stdout that discards everything after the first `left` bytes, so that endless printing costs little.
+
+    It is not buffered, so what was printed before a timeout or a crash arrives.
+    """
 
     def __init__(self, left: int):
         self.left = left
@@ -30,7 +33,8 @@ class CappedRaw(io.RawIOBase):
         return 1
 
     def write(self, data) -> int:
-        kept = memoryview(data)[: self.left]
+        data = memoryview(data).cast("B")
+        kept = data[: self.left]
         self.left -= len(kept)
         while kept:
             kept = kept[os.write(1, kept) :]
@@ -43,6 +47,8 @@ def describe(error: BaseException) -> str:
     text, line = "".join(lines)[:2000].replace("\n", " "), None
     if isinstance(error, SyntaxError):  # its other lines repeat the source
         text, line = lines[-1], error.lineno
+    if isinstance(error, ImportError):  # a module that is built into one Python is a file of another
+        text = text.replace(f" ({error.path or 'unknown location'})", "")
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == SNIPPET:
@@ -66,16 +72,8 @@ def run_snippet(source: bytes, channel: int, cap: int) -> int:
 
     cap: bytes of stdout to pass on.
     """
-    out = io.TextIOWrapper(io.BufferedWriter(CappedRaw(cap)), encoding="utf-8", errors="replace")
+    out = io.TextIOWrapper(CappedRaw(cap), encoding="utf-8", errors="replace", write_through=True)
     sys.stdout = sys.__stdout__ = out
-    leave = os._exit
-
-    def exit_flushed(status: int) -> None:  # output printed before os._exit counts as printed
-        with contextlib.suppress(Exception):
-            out.flush()
-        leave(status)
-
-    os._exit = exit_flushed
     sys.modules["__main__"] = module = types.ModuleType("__main__")
     status, text = 0, ""
     try:
@@ -94,8 +92,6 @@ def run_snippet(source: bytes, channel: int, cap: int) -> int:
             text = describe(error)
         except BaseException:  # a hostile __str__, or no memory left
             text = type(error).__name__
-    with contextlib.suppress(Exception):
-        out.flush()
     with contextlib.suppress(Exception):
         os.write(channel, text.encode("utf-8", "replace"))
     return status
