@@ -53,6 +53,7 @@ class Settings:
     observation_limit: int = setting(256, "characters of tool output that the model sees", "sampling")
     rows: int = setting(64, "requests that decode at once", "memory", min=1)
     timeout: float = setting(5.0, "maximum seconds per code block", "run")
+    memory_mb: int = setting(1024, "memory limit of a code block in MiB", "run", min=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
     seed: int = setting(0, "random seed of sampling", "run")
     out: str = setting("runs/infer", "run folder to write (not for a single question)", "run")
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         problems = held_out()
         if settings.data:
             problems = load_problems(settings.data, settings.split, settings.limit or None, settings.seed)
-    with Executor(timeout=settings.timeout) as executor:
+    with Executor(timeout=settings.timeout, memory_mb=settings.memory_mb) as executor:
         with user_errors():
             engine = load_engine(settings.model, settings.device, settings.rows if run else 1)
             if run:

@@ -71,6 +71,7 @@ class Settings(TrainSettings):
     temperature: float = setting(1.0, "sampling temperature, also used in training (paper: 1.0)", "sampling")
     suffix_tokens: int = setting(100, "L_suffix, thought tokens to regenerate (paper: 100)", "sampling", min=0)
     timeout: float = setting(5.0, "seconds a snippet may run", "sampling")
+    memory_mb: int = setting(1024, "memory limit of a snippet in MiB", "sampling", min=1)
     estimator: Literal["grpo", "ppo"] = setting("grpo", "advantages from groups or from a value head", "objective")
     step_coef: float = setting(1.0, "weight of the step level; 0 disables it", "objective")
     nll_coef: float = setting(0.01, "weight of the NLL of tokens with A > 0 (paper: 0.01)", "objective")
@@ -441,7 +442,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(settings.out, settings, settings.resume)
     with user_errors("--data"):
         problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
-    with run, Executor(workers=cpu_workers(), timeout=settings.timeout) as executor:
+    with run, Executor(cpu_workers(), settings.timeout, settings.memory_mb) as executor:
         with user_errors():
             model, tokenizer = load_model(settings.model, device)
             if settings.sampler == "vllm":

@@ -56,6 +56,7 @@ class Settings(TrainSettings):
     warmup: float = setting(0.05, "share of the steps in which lr rises from 0 (paper: 0.05)", "optimisation")
     save_every: int = setting(10, "optimizer steps between checkpoints", "run", min=1)
     evaluate: bool = setting(True, "score held-out problems before and after", "run")
+    memory_mb: int = setting(1024, "memory limit of a code block in MiB", "run", min=1)
     out: str = setting("runs/sft", "run folder to write", "run")
 
 
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens = sum(t.num_sampled for t in rows)
     print(f"{len(rows)} trajectories, {tokens} tokens to train on, {len(everything) - len(rows)} skipped as too long")
 
-    with run, Executor(workers=cpu_workers(), timeout=5.0) as executor:
+    with run, Executor(workers=cpu_workers(), timeout=5.0, memory_mb=settings.memory_mb) as executor:
         engine = HFEngine(sampling_copy(model), tokenizer) if settings.evaluate else None
         if engine and rank() == 0 and not (run / "eval_base.json").exists():
             base, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "base model")

@@ -62,6 +62,7 @@ class Settings:
     keep_one_call: float = setting(1.0, "filter: share of one-call trajectories to keep (official run: 0.5)", "data")
     rows: int = setting(128, "cache rows of the engine; half as many trajectories run at once", "memory", min=2)
     timeout: float = setting(5.0, "maximum seconds per code block", "run")
+    memory_mb: int = setting(1024, "memory limit of a code block in MiB", "run", min=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
     seed: int = setting(0, "random seed of problems, sampling and filter", "run")
     out: str = setting("runs/tirgen", "run folder to write", "run")
@@ -427,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(settings.out, settings, settings.resume)
     with user_errors("--data"):
         problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
-    with Executor(timeout=settings.timeout) as executor:
+    with Executor(timeout=settings.timeout, memory_mb=settings.memory_mb) as executor:
         with user_errors():
             loop = ActorCritic(*load_engines(settings), settings)
             run.start()
