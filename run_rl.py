@@ -6,8 +6,9 @@ r"""Stage 3, hierarchical RL: whole trajectories are rewarded for the answer, si
 
 One iteration, with policy pi_theta (paper, section 3.2):
 
-    sample      G trajectories tau_i for each of P problems;  R_i = 1 if the answer is right, else 0
-    filter      drop improper trajectories, groups with too few samples, and groups of equal rewards (then draw others)
+    sample      G trajectories tau_i for each of P problems;  R_i = 1 if the answer is right, else 0; improper ones
+                (cut off, no box near the end, too short) get 0 or are dropped, see --improper
+    filter      drop groups with too few samples, and groups of equal rewards (then draw other problems)
     A_i         = (R_i - mean(R)) / (std(R) + eps)                     on all action tokens of tau_i  (population's std)
     step set    for at most P failed steps, also of dropped trajectories: regenerate the last L_suffix tokens of
                 the thought and the block G times;  R' = 1 if the block passed, else 0 (no block: dropped)
@@ -39,17 +40,28 @@ import torch
 from tqdm import tqdm
 
 from thor.data import load_problems
-from thor.distributed import barrier, cpu_workers, gather, rank, start_ranks, world_size
+from thor.distributed import cpu_workers, gather, rank, start_ranks, world_size
 from thor.engines import HFEngine, VLLMEngine, is_reproducible
-from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
 from thor.rollout import Sampling, drive, regenerate_step, solve
-from thor.run_folder import Run
+from thor.run_folder import Run, spread
 from thor.sandbox import Executor
-from thor.settings import UserError, derive_seed, parse_settings, run_main, setting, user_errors
+from thor.settings import (
+    PROMPT_HELP,
+    UserError,
+    derive_seed,
+    parse_settings,
+    prompt_for,
+    run_main,
+    setting,
+    user_errors,
+)
 from thor.training.model import add_value_head, load_model, model_source, policy_parameters, sampling_copy, save_model
+from thor.training.ppo import ppo_advantages, value_loss
+from thor.training.problems import ProblemQueue, pass_rates
 from thor.training.scoring import Scores, score_text
 from thor.training.trainer import Batch, Sample, Trainer, TrainSettings
-from thor.trajectory import Problem, Step, Trajectory
+from thor.training.validation import Validation, load_validation
+from thor.trajectory import Step, Trajectory
 
 
 @dataclass(frozen=True)
@@ -60,11 +72,13 @@ class Settings(TrainSettings):
     split: str = setting("train", "split of 'synthetic' or of a hub data set", "data")
     limit: int = setting(512, "number of problems, the first ones of a file", "data", min=1)
     model: str = setting("runs/sft/final", "name of the demo model, folder or hub id", "model")
+    prompt: str = setting("", PROMPT_HELP, "model")
     sampler: Literal["hf", "vllm"] = setting("hf", "engine; 'hf' shares the trainer's weights", "model")
     prompts: int = setting(
         4, "P, problems and at most as many failed steps per iteration (paper: 128)", "sampling", min=1
     )
     group: int = setting(8, "G, trajectories per problem and samples per failed step (paper: 16)", "sampling", min=1)
+    pass_rate_range: str = setting("0,1", "skip most problems with another pass rate; 0,1: none (paper)", "sampling")
     max_draws: int = setting(2, "maximum number of times that problems are drawn per iteration", "sampling", min=1)
     max_tokens: int = setting(144, "maximum response length in tokens (paper: 3,200)", "sampling", min=1)
     max_rounds: int = setting(2, "tool calls per trajectory (paper: 5)", "sampling", min=0)
@@ -81,9 +95,20 @@ class Settings(TrainSettings):
     is_cap: float = setting(2.0, "cap of the importance weight exp(logp_old - logp_sampler)", "objective")
     kl_coef: float = setting(0.0, "weight of the KL to the initial model, k3 estimate (paper: 0)", "objective")
     entropy_coef: float = setting(0.0, "weight of an entropy bonus (paper: 0)", "objective")
-    drop_failed_code: bool = setting(True, "end and drop trajectories with failed code", "objective")
-    min_tokens: int = setting(8, "minimum response length in tokens", "objective")
-    box_window: int = setting(100, "the last \\boxed must start within this many characters of the end", "objective")
+    improper: Literal["zero", "drop", "mask"] = setting(
+        "zero", "improper responses: reward 0, dropped (paper), or reward 0 only in the group's mean", "objective"
+    )
+    failed_code: Literal["continue", "drop"] = setting(
+        "continue", "after a block that fails, continue, or end and drop the trajectory (paper)", "objective"
+    )
+    step_problems: Literal["all", "solved"] = setting(
+        "solved", "failed steps to regenerate: of all problems (paper), or of those with a right answer", "objective"
+    )
+    step_mean: Literal["separate", "joint"] = setting(
+        "separate", "token means of the levels: one each, or a joint one (official code)", "objective"
+    )
+    min_tokens: int = setting(8, "shorter responses are improper, in tokens", "objective")
+    box_window: int = setting(100, "a last \\boxed further from the end is improper, in tokens", "objective")
     gamma: float = setting(1.0, "ppo: discount per action token", "objective")
     gae_lambda: float = setting(0.95, "ppo: lambda of GAE", "objective")
     value_coef: float = setting(0.5, "ppo: weight of the value loss", "objective")
@@ -91,29 +116,33 @@ class Settings(TrainSettings):
     whiten: bool = setting(False, "ppo: scale the advantages of each level to mean 0 and std 1", "objective")
     iterations: int = setting(3, "iterations of sampling and updating", "optimisation", min=1)
     updates: int = setting(1, "optimizer steps per iteration", "optimisation", min=1)
-    lr: float = setting(2e-5, "learning rate, constant (paper: 1e-6)", "optimisation")
+    lr: float = setting(2e-5, "peak learning rate (paper: 1e-6)", "optimisation")
     value_lr: float = setting(1e-3, "ppo: learning rate of the value head (initialised to 0)", "optimisation")
     rows: int = setting(64, "requests that decode at once", "memory", min=1)
     kv_tokens: int = setting(0, "size of the KV cache in tokens; 0: half of the free memory", "memory", min=0)
+    log_trajectories: int = setting(64, "trajectories of each iteration to write to trajectories.jsonl", "run", min=0)
     out: str = setting("runs/rl", "run folder to write", "run")
 
 
 # ---- filters and advantages -----------------------------------------------------------------------------------------
 
-REJECT_REASONS = ("infra", "failed_code", "unfinished", "short", "no_box")
+IMPROPER = ("unfinished", "short", "no_box")
+REJECTED = ("infra", "failed_code", *IMPROPER)
 
 
-def reject_reason(trajectory: Trajectory, text: str, settings: Settings) -> str:
-    """Why a trajectory is improper and not used for training, one of REJECT_REASONS, or '' if it is proper."""
-    if trajectory.finish == "infra":
-        return "infra"
-    if settings.drop_failed_code and any(step.failed for step in trajectory.steps):
-        return "failed_code"
+def box_near_end(tokenizer, trajectory, window):  # TEMPORARY
+    return "\\boxed" in tokenizer.decode(trajectory.token_ids[-window:])
+
+
+def reject_reason(trajectory: Trajectory, tokenizer, settings: Settings) -> str:
+    """Why a trajectory is not rewarded for its answer, one of REJECTED, or '' if it is. See --improper."""
+    if trajectory.finish in ("infra", "failed_code"):
+        return trajectory.finish
     if trajectory.finish != "stop":
         return "unfinished"
     if trajectory.num_sampled < settings.min_tokens:
         return "short"
-    return "" if "\\boxed" in text[-settings.box_window :] else "no_box"
+    return "" if box_near_end(tokenizer, trajectory, settings.box_window) else "no_box"
 
 
 def no_signal_reason(rewards: list[float], group: int, estimator: str = "grpo") -> str:
@@ -141,52 +170,29 @@ def samples_of(
     """Gather the groups of all ranks, filter them, and give each sample its group advantage, at either level.
 
     mine: numbers of the groups that this rank sampled. sampled: their trajectories, G for each group.
-    reject: the reason to drop a trajectory, or ''. Returns (samples, all groups in order, counts).
+    reject: why a trajectory is not rewarded, or ''. Returns (samples, all groups in order, counts).
     """
     size, samples, counts = settings.group, [], Counter(groups_kept=0, groups_equal=0, groups_thin=0, kept=0)
     own = {g: sampled[i * size : (i + 1) * size] for i, g in enumerate(mine)}
     groups = dict(sorted(item for part in gather(own) for item in part.items()))
     for group in groups.values():
         reasons = [reject(trajectory) for trajectory in group]
-        kept = [trajectory for trajectory, reason in zip(group, reasons, strict=True) if not reason]
-        counts.update(f"dropped_{reason}" if reason else "kept" for reason in reasons)
-        rewards = [trajectory.reward for trajectory in kept]
+        counts.update(f"rejected_{reason}" for reason in reasons if reason)
+        kept = []
+        for trajectory, reason in zip(group, reasons, strict=True):
+            improper = reason in IMPROPER and settings.improper != "drop"
+            if improper:  # else nothing would keep the policy from becoming improper
+                trajectory.reward = 0.0
+            if improper or not reason:
+                kept.append((trajectory, improper and settings.improper == "mask"))
+        counts["kept"] += len(kept)
+        rewards = [trajectory.reward for trajectory, _ in kept]
         reason = no_signal_reason(rewards, size, settings.estimator)
         counts[f"groups_{reason or 'kept'}"] += 1
         if not reason:  # PPO replaces these advantages by those of its value head
-            samples += [Sample(t, a, level) for t, a in zip(kept, group_advantages(rewards), strict=True)]
+            chosen = zip(kept, group_advantages(rewards), strict=True)
+            samples += [Sample(t, a, level) for (t, masked), a in chosen if not masked]
     return samples, list(groups.values()), counts
-
-
-def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016) over the N action tokens of one sample.
-
-    delta_i = r_i + gamma V_{i+1} - V_i,   A_i = delta_i + gamma lam A_{i+1},   with V_N = A_N = 0
-
-    rewards, values [N] -> (advantages, returns = advantages + values) [N]. V_i is the value of the state in which token
-    i was sampled. Observation tokens have no entries: credit crosses a tool call as it crosses a token boundary.
-    """
-    r, v = rewards.tolist(), values.tolist()  # a loop over Python floats is faster than over tensor elements
-    advantages, after, value_after = [0.0] * len(v), 0.0, 0.0
-    for i in reversed(range(len(v))):
-        advantages[i] = after = r[i] + gamma * value_after - v[i] + gamma * lam * after
-        value_after = v[i]
-    result = torch.tensor(advantages)
-    return result, result + values
-
-
-def ppo_advantages(samples: list[Sample], settings: Settings) -> None:
-    """Set advantage and returns of each sample from its values. Its reward arrives at its last action token."""
-    for sample in samples:
-        rewards = torch.zeros_like(sample.value_old)
-        rewards[-1:] = sample.trajectory.reward  # a slice, because a sample may have no action token
-        sample.advantage, sample.returns = gae(rewards, sample.value_old, settings.gamma, settings.gae_lambda)
-    for level in ("trajectory", "step") if settings.whiten else ():
-        chosen = [s for s in samples if s.level == level]
-        everything = torch.cat([torch.empty(0), *(s.advantage for s in chosen)])
-        mean, std = everything.mean(), everything.std(correction=0)
-        for sample in chosen:
-            sample.advantage = (sample.advantage - mean) / (std + 1e-6)
 
 
 # ---- the objective --------------------------------------------------------------------------------------------------
@@ -204,12 +210,6 @@ def policy_loss(logp, logp_old, advantage, clip_low: float, clip_high: float, du
     dual = (advantage < 0) & (loss > bound)
     loss = torch.where(dual, bound, loss)
     return loss, {"ratio": ratio.detach(), "clipped": (clipped > unclipped) | dual}
-
-
-def value_loss(value, value_old, returns, clip: float):
-    """max((V - R)^2, (V_clipped - R)^2) / 2, where V_clipped is within `clip` of the old value; all [N]."""
-    clipped = value_old + (value - value_old).clamp(-clip, clip)
-    return torch.maximum((value - returns) ** 2, (clipped - returns) ** 2) / 2
 
 
 PER_TOKEN = ("clip_fraction", "ratio", "entropy", "mismatch_kl", "loss_value")  # metrics that are means over tokens
@@ -238,8 +238,11 @@ def hierarchical_loss(batch: Batch, scores: Scores, settings: Settings) -> tuple
         errors = value_loss(value, batch.value_old, batch.returns, settings.value_clip)
         token_loss = token_loss + settings.value_coef * errors
         info["loss_value"] = errors.sum().item()
-    loss_trajectory = token_loss[~batch.is_step].sum() / max(1, counts.trajectory)
-    loss_step = token_loss[batch.is_step].sum() / max(1, counts.step)
+    tokens = counts.trajectory, counts.step
+    if settings.step_mean == "joint":
+        tokens = sum(tokens), sum(tokens)
+    loss_trajectory = token_loss[~batch.is_step].sum() / max(1, tokens[0])
+    loss_step = token_loss[batch.is_step].sum() / max(1, tokens[1])
     nll = -logp[advantage > 0].sum() / max(1, counts.positive)
     loss = loss_trajectory + settings.step_coef * loss_step + settings.nll_coef * nll
     return loss, info | {
@@ -281,27 +284,15 @@ def split_evenly(samples: list[Sample], updates: int) -> list[list[Sample]]:
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
-def draw_problems(problems: list[Problem], cursor: int, count: int, seed: int) -> list[Problem]:
-    """`count` problems from position `cursor`. Each epoch goes through all problems in a new seeded order."""
-    drawn, shuffled = [], -1
-    for at in range(cursor, cursor + count):
-        epoch, i = divmod(at, len(problems))
-        if epoch != shuffled:
-            order, shuffled = list(range(len(problems))), epoch
-            random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
-        drawn.append(problems[order[i]])
-    return drawn
-
-
-def sample_trajectories(engine, executor, problems, cursor: int, iteration: int, settings: Settings, bar):
+def sample_trajectories(engine, executor, queue: ProblemQueue, iteration: int, settings: Settings, bar):
     """Trajectory level: draw problems, sample and filter, until P groups carry a signal or the draws are used up.
 
     Each rank samples whole groups, so that a prompt is computed once, and then gets those of all ranks.
-    Returns (samples, all trajectories, new cursor, counts).
+    Returns (samples, all trajectories, counts).
     """
     samples: list[Sample] = []
     everything: list[Trajectory] = []
-    counts = Counter({f"dropped_{reason}": 0 for reason in REJECT_REASONS} | {"groups_kept": 0, "draws": 0})
+    counts = Counter({f"rejected_{reason}": 0 for reason in REJECTED} | {"groups_kept": 0, "draws": 0})
     tokenizer, finished = engine.tokenizer, Counter()  # on this rank, for the bar
 
     def done(i: int, trajectory: Trajectory) -> None:
@@ -309,12 +300,9 @@ def sample_trajectories(engine, executor, problems, cursor: int, iteration: int,
         bar.set_postfix_str(f"draw {counts['draws']}, {finished['trajectories']} sampled", refresh=False)
         bar.update(0)
 
-    def reject(trajectory: Trajectory) -> str:
-        return reject_reason(trajectory, trajectory.text(tokenizer, policy_only=True), settings)
-
+    reject = partial(reject_reason, tokenizer=tokenizer, settings=settings)
     while counts["groups_kept"] < settings.prompts and counts["draws"] < settings.max_draws:
-        drawn = draw_problems(problems, cursor, settings.prompts - counts["groups_kept"], settings.seed)
-        cursor += len(drawn)
+        drawn = queue.draw(settings.prompts - counts["groups_kept"])
         counts["draws"] += 1
         seed = derive_seed(settings.seed, iteration, counts["draws"])
         sampling = Sampling(settings.max_tokens, settings.temperature, seed=seed, max_rounds=settings.max_rounds)
@@ -322,25 +310,35 @@ def sample_trajectories(engine, executor, problems, cursor: int, iteration: int,
         ids = list(dict.fromkeys(problem.id for problem in drawn))
         mine = [g for g, p in enumerate(drawn) if (counts["draws"] + ids.index(p.id)) % world_size() == rank()]
         repeated = [drawn[g] for g in mine for _ in range(settings.group)]
-        options = {"stop_on_failure": settings.drop_failed_code, "deterministic": is_reproducible(engine)}
+        options = {"stop_on_failure": settings.failed_code == "drop", "deterministic": is_reproducible(engine)}
         sampled = solve(engine, executor, repeated, sampling, done=done, **options)
         new, groups, group_counts = samples_of(mine, sampled, "trajectory", reject, settings)
         samples += new
         everything += [trajectory for group in groups for trajectory in group]
         counts.update(group_counts)
+        for problem, group in zip(drawn, groups, strict=True):
+            queue.record(problem, [t.reward for t in group if t.finish != "infra"])
+    counts["groups"] = counts["groups_kept"] + counts["groups_equal"] + counts["groups_thin"]
     counts["draws_capped"] = int(counts["groups_kept"] < settings.prompts)
     counts["sampled"] = len(everything)
-    return samples, everything, cursor, counts
+    return samples, everything, counts
 
 
-def failed_steps(trajectories: list[Trajectory]) -> list[tuple[Trajectory, Step]]:
-    """The prompts of the step level: every failed step of every trajectory, proper or not."""
-    return [(t, step) for t in trajectories if t.finish != "infra" for step in t.steps if step.failed]
+def failed_steps(trajectories: list[Trajectory], source: str = "all") -> list[tuple[Trajectory, Step]]:
+    """The prompts of the step level: every failed step of every trajectory, proper or not.
+
+    source: 'all', or 'solved' for problems with a right answer in this iteration. A block that runs is worth something
+    only if it helps to solve the problem. On problems out of reach nothing else is rewarded, so that the policy learns
+    to write blocks that run and compute something easier.
+    """
+    solved = {t.problem.id for t in trajectories if t.reward}
+    chosen = [t for t in trajectories if t.finish != "infra" and (source == "all" or t.problem.id in solved)]
+    return [(t, step) for t in chosen for step in t.steps if step.failed]
 
 
 def sample_steps(engine, executor, trajectories: list[Trajectory], iteration: int, settings: Settings):
     """Step level: regenerate suffix and block of each failed step G times. Returns (samples, counts)."""
-    failed = failed_steps(trajectories)
+    failed = failed_steps(trajectories, settings.step_problems)
     random.Random(derive_seed(settings.seed, iteration, "steps")).shuffle(failed)
     failed = failed[: settings.prompts]
     sampling = Sampling(settings.max_tokens, settings.temperature, seed=derive_seed(settings.seed, iteration, "step"))
@@ -376,20 +374,19 @@ def rollout_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 
-def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run, settings: Settings) -> None:
-    """All iterations, from the run's checkpoint if there is one."""
+def train(model, tokenizer, engine, executor, problems, run: Run, settings: Settings, validate=None) -> None:
+    """All iterations, from the run's checkpoint if there is one. validate: see Trainer."""
     reference = copy.deepcopy(model) if settings.kl_coef else None  # before the checkpoint is loaded
     if settings.estimator == "ppo":
         add_value_head(model)
-    trainer = Trainer(model, run, settings, settings.temperature, settings.value_lr, reference)
+    trainer = Trainer(model, run, settings, settings.temperature, settings.value_lr, reference, validate)
+    queue = ProblemQueue(problems, settings.seed, *pass_rates(settings.pass_rate_range))
+    queue.state = trainer.state.setdefault("queue", queue.state)
     loss = partial(hierarchical_loss, settings=settings)
     for iteration in trainer.iterations(settings.iterations, "rl", "iteration"):
         clock = [time.perf_counter()]
         engine.update_weights(policy_parameters(model))  # in the first iteration too: a resumed run has an empty cache
-        cursor = trainer.state.get("cursor", 0)
-        samples, trajectories, trainer.state["cursor"], counts = sample_trajectories(
-            engine, executor, problems, cursor, iteration, settings, trainer.bar
-        )
+        samples, trajectories, counts = sample_trajectories(engine, executor, queue, iteration, settings, trainer.bar)
         clock.append(time.perf_counter())
         if settings.step_coef:
             trainer.bar.set_postfix_str("steps")
@@ -409,7 +406,8 @@ def train(model, tokenizer, engine, executor, problems: list[Problem], run: Run,
                 break
         clock.append(time.perf_counter())
         log(run, iteration, trajectories, counts, {**metrics, "skipped": skipped}, clock)
-        run.write_trajectories("trajectories.jsonl", trajectories, tokenizer, step=iteration)
+        chosen = spread(trajectories, settings.log_trajectories)
+        run.write_trajectories("trajectories.jsonl", chosen, tokenizer, step=iteration)
 
 
 def log(run: Run, iteration: int, trajectories, counts: Counter, metrics: dict, clock: list[float]) -> None:
@@ -423,10 +421,10 @@ def log(run: Run, iteration: int, trajectories, counts: Counter, metrics: dict, 
             f"iteration {iteration}: no update, because no group carries a signal after {counts['draws']} draws "
             f"({dict(counts)}). Try easier or harder problems, or a larger --group."
         )
-    groups = counts["groups_kept"] + counts["groups_equal"] + counts["groups_thin"]
     tqdm.write(
         f"iteration {iteration}: reward {rollout['reward']:.3f}  code pass {rollout['code_pass_rate']:.3f}  "
-        f"groups {counts['groups_kept']}/{groups}  step groups {counts['step_groups_kept']}/{counts['step_prompts']}  "
+        f"groups {counts['groups_kept']}/{counts['groups']}  "
+        f"step groups {counts['step_groups_kept']}/{counts['step_prompts']}  "
         f"seconds {' + '.join(f'{s:.0f}' for s in seconds.values())}"
     )
 
@@ -439,9 +437,11 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--group {settings.group}: must be at least 2 with --estimator grpo")
         if settings.temperature <= 0:
             raise UserError(f"--temperature {settings.temperature}: must be above 0, RL needs random samples")
-        run = Run(settings.out, settings, settings.resume)
+        run, prompt = Run(settings.out, settings, settings.resume), prompt_for(settings.prompt, settings.model)
     with user_errors("--data"):
         problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
+    with user_errors("--eval_data"):
+        held_out = load_validation(settings, demo=settings.data == "synthetic")
     with run, Executor(cpu_workers(), settings.timeout, settings.memory_mb) as executor:
         with user_errors():
             model, tokenizer = load_model(settings.model, device)
@@ -450,17 +450,12 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 engine = HFEngine(sampling_copy(model), tokenizer, settings.rows, kv_tokens=settings.kv_tokens or None)
             run.start()
-        train(model, tokenizer, engine, executor, problems, run, settings)
+        sampling = Sampling(settings.max_tokens, max_rounds=settings.max_rounds)
+        validate = Validation(run, settings, held_out, engine, executor, sampling, prompt)
+        train(model, tokenizer, engine, executor, problems, run, settings, validate)
         with run.whole_folder("final") as folder:
-            save_model(model, tokenizer, folder)
-        print(f"model in {run / 'final'}")
-        if settings.evaluate:
-            engine.update_weights(policy_parameters(model))
-            barrier()
-            if rank() == 0:
-                summary, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after RL")
-                run.write_json("eval.json", summary)
-                print(table([("after RL", summary)]))
+            save_model(model, tokenizer, folder, prompt)
+        print(validate.report())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     L = - sum over action tokens of log p(token | tokens before it) / number of action tokens of the whole batch
 
 The model reads tool output but never learns it: those tokens have action_mask 0. Writes <out>/final, a Hugging Face
-folder, and the scores on 64 held-out synthetic problems before (eval_base.json) and after (eval.json).
+folder, and validation.jsonl, the scores on held-out problems.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from thor.demo import DEMO_MODEL
-from thor.distributed import barrier, cpu_workers, rank, start_ranks
+from thor.distributed import cpu_workers, start_ranks
 from thor.engines import HFEngine
-from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
 from thor.prompts import Prompt, load_prompt
+from thor.rollout import Sampling
 from thor.run_folder import Run
 from thor.sandbox import Executor
 from thor.settings import (
@@ -36,9 +36,10 @@ from thor.settings import (
     user_errors,
 )
 from thor.text import encode
-from thor.training.model import load_model, policy_parameters, sampling_copy, save_model
+from thor.training.model import load_model, sampling_copy, save_model
 from thor.training.scoring import Scores
 from thor.training.trainer import Batch, Sample, Trainer, TrainSettings
+from thor.training.validation import Validation, load_validation
 from thor.trajectory import Problem, Trajectory
 
 
@@ -52,11 +53,13 @@ class Settings(TrainSettings):
     prompt: str = setting("", PROMPT_HELP, "model")
     epochs: int = setting(3, "passes over the data (paper: 3)", "optimisation", min=1)
     batch: int = setting(16, "trajectories per optimizer step (paper: 128)", "optimisation", min=1)
-    lr: float = setting(1e-4, "learning rate, constant after the warm-up (paper: 2e-6)", "optimisation")
-    warmup: float = setting(0.05, "share of the steps in which lr rises from 0 (paper: 0.05)", "optimisation")
+    lr: float = setting(1e-4, "peak learning rate (paper: 2e-6)", "optimisation")
+    warmup: float = setting(0.05, "share of the steps in which lr rises from 0 (paper: 0.05)", "optimisation", min=0)
+    eval_every: int = setting(0, "steps between validations; 0: only first and last", "validation", min=0)
+    max_tokens: int = setting(144, "maximum response length in validation, in tokens", "validation", min=1)
+    max_rounds: int = setting(2, "maximum tool calls per response in validation (paper: 5)", "validation", min=0)
     save_every: int = setting(10, "optimizer steps between checkpoints", "run", min=1)
-    evaluate: bool = setting(True, "score held-out problems before and after", "run")
-    memory_mb: int = setting(1024, "memory limit of a code block in MiB", "run", min=1)
+    memory_mb: int = setting(1024, "memory limit of a code block in MiB", "validation", min=1)
     out: str = setting("runs/sft", "run folder to write", "run")
 
 
@@ -110,16 +113,14 @@ def batches_of(count: int, settings: Settings) -> list[list[int]]:
     return steps
 
 
-def train(model, trajectories: list[Trajectory], run: Run, settings: Settings) -> None:
+def train(model, trajectories: list[Trajectory], run: Run, settings: Settings, validate=None) -> None:
     """All optimizer steps, from the run's checkpoint if there is one."""
-    trainer = Trainer(model, run, settings)
+    trainer = Trainer(model, run, settings, validate=validate)
     steps = batches_of(len(trajectories), settings)
     for step in trainer.iterations(len(steps), "sft", "step"):
-        lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup * len(steps)))
-        trainer.optimizer.param_groups[0]["lr"] = lr
         metrics = trainer.step([Sample(trajectories[i]) for i in steps[step]], sft_loss)
-        tokens = metrics["tokens_trajectory"]
-        run.log(step, {name: metrics[name] for name in ("loss", "grad_norm", "skipped")} | {"lr": lr, "tokens": tokens})
+        logged = {name: metrics[name] for name in ("loss", "grad_norm", "skipped", "lr")}
+        run.log(step, logged | {"tokens": metrics["tokens_trajectory"]})
         trainer.bar.set_postfix(loss=f"{metrics['loss']:.3f}")
 
 
@@ -136,32 +137,21 @@ def main(argv: list[str] | None = None) -> None:
         rows = [t for t in everything if len(t.all_token_ids) <= settings.max_length]
         if not rows:
             raise UserError(f"--max_length {settings.max_length}: every trajectory of {settings.data} is longer")
+    with user_errors("--eval_data"):
+        held_out = load_validation(settings, demo=settings.model == DEMO_MODEL)
     with user_errors():  # after all ranks have checked their input
         run.start()
     tokens = sum(t.num_sampled for t in rows)
     print(f"{len(rows)} trajectories, {tokens} tokens to train on, {len(everything) - len(rows)} skipped as too long")
 
     with run, Executor(workers=cpu_workers(), timeout=5.0, memory_mb=settings.memory_mb) as executor:
-        engine = HFEngine(sampling_copy(model), tokenizer) if settings.evaluate else None
-        if engine and rank() == 0 and not (run / "eval_base.json").exists():
-            base, _ = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "base model")
-            run.write_json("eval_base.json", base)
-        if engine:
-            engine.sleep()
-        train(model, rows, run, settings)
+        engine = HFEngine(sampling_copy(model), tokenizer) if held_out else None
+        sampling = Sampling(settings.max_tokens, max_rounds=settings.max_rounds)
+        validate = Validation(run, settings, held_out, engine, executor, sampling, prompt)
+        train(model, rows, run, settings, validate)
         with run.whole_folder("final") as folder:
-            save_model(model, tokenizer, folder)
-            if rank() == 0:
-                prompt.save(folder)
-        print(f"model in {run / 'final'}")
-        if engine:
-            engine.update_weights(policy_parameters(model))
-            barrier()
-            if rank() == 0:
-                after, trajectories = evaluate(engine, executor, held_out(), HELD_OUT_SAMPLING, "after SFT")
-                run.write_trajectories("trajectories.jsonl", trajectories, tokenizer)
-                run.write_json("eval.json", after)
-                print(table([("base", json.loads((run / "eval_base.json").read_text())), ("after SFT", after)]))
+            save_model(model, tokenizer, folder, prompt)
+        print(validate.report())
 
 
 if __name__ == "__main__":

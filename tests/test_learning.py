@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 
-from run_rl import REJECT_REASONS, Settings, train
+from run_rl import REJECTED, Settings, train
 from run_sft import sft_loss, to_ledger
 from thor.engines import HFEngine
 from thor.prompts import observation_text
@@ -108,7 +108,7 @@ def test_iteration_without_a_signal_prints_a_message(tmp_path, executor, capsys)
     assert "no group carries a signal after 3 draws" in capsys.readouterr().out
     assert metrics["groups_equal"] == 12 and metrics["draws"] == 3 and metrics["draws_capped"] == 1
     assert "loss" not in metrics
-    zeros = {"skipped", "groups_kept", "groups_thin", "step_groups_kept", *(f"dropped_{why}" for why in REJECT_REASONS)}
+    zeros = {"skipped", "groups_kept", "groups_thin", "step_groups_kept", *(f"rejected_{why}" for why in REJECTED)}
     assert all(metrics[name] == 0 for name in zeros)  # counts of zero are written too
 
 

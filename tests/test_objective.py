@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ScriptedEngine, ScriptedExecutor, passes_unless_bad, tiny_llama
+from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer, passes_unless_bad, tiny_llama
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -25,19 +25,15 @@ from transformers import (
 from run_rl import (
     Settings,
     add_old_scores,
-    draw_problems,
     failed_steps,
-    gae,
     group_advantages,
     hierarchical_loss,
     no_signal_reason,
     per_token,
     policy_loss,
-    ppo_advantages,
     reject_reason,
     samples_of,
     split_evenly,
-    value_loss,
 )
 from run_sft import sft_loss
 from thor.attention import Tree, distinct_tokens, micro_batches
@@ -47,6 +43,7 @@ from thor.run_folder import Run
 from thor.text import decode, encode
 from thor.training import scoring
 from thor.training.model import add_value_head, checkpoint_gradients, prepare
+from thor.training.ppo import gae, ppo_advantages, value_loss
 from thor.training.scoring import LogProb, Scores, score_tokens
 from thor.training.trainer import (
     Batch,
@@ -98,17 +95,21 @@ def test_no_signal_reason_of_grpo(rewards, group, reason):
 
 
 def test_reject_reason_of_each_filter():
-    settings = Settings(min_tokens=3, box_window=12)
-    good = ledger("1111")
-    assert reject_reason(good, r"so \boxed{4}", settings) == ""
-    assert reject_reason(good, r"\boxed{4} and much more text", settings) == "no_box"
-    assert reject_reason(good, "", settings) == "no_box"
-    assert reject_reason(ledger("1100"), r"\boxed{4}", settings) == "short"
-    assert reject_reason(replace(good, finish="length"), r"\boxed{4}", settings) == "unfinished"
-    assert reject_reason(replace(good, finish="infra"), r"\boxed{4}", settings) == "infra"
-    failed = replace(good, steps=[Step(0, 1, 2, 4, "x", ExecResult("error", "", "E"))])
-    assert reject_reason(failed, r"\boxed{4}", settings) == "failed_code"
-    assert reject_reason(failed, r"\boxed{4}", replace(settings, drop_failed_code=False)) == ""
+    tokenizer = byte_tokenizer()
+
+    def reason(text: str, **changes) -> str:
+        ids = encode(tokenizer, text)
+        trajectory = Trajectory(PROBLEM, [1], finish="stop")
+        trajectory.append_sampled(ids, [-1.0] * len(ids))
+        trajectory.steps = [Step(0, len(ids), len(ids), len(ids))]
+        return reject_reason(replace(trajectory, **changes), tokenizer, Settings(min_tokens=9, box_window=12))
+
+    assert reason(r"so \boxed{4}") == ""
+    assert reason(r"so \boxed{4}, and much more text") == "no_box"
+    assert reason("a long answer without a box") == "no_box"
+    assert reason(r"\boxed4") == "short"  # one token per byte
+    assert [reason(r"so \boxed{4}", finish=f) for f in ("length", "rounds")] == ["unfinished"] * 2
+    assert [reason(r"so \boxed{4}", finish=f) for f in ("infra", "failed_code")] == ["infra", "failed_code"]
 
 
 def rewarded(*rewards: float | str | None) -> list[Trajectory | None]:
@@ -128,19 +129,43 @@ def test_samples_of_the_trajectory_level_by_hand():
     groups = {
         2: rewarded(0.0, 1.0, 0.0, 0.0),
         0: rewarded("short", 1.0, "no_box", 0.0),
-        3: rewarded(1.0, "short", "short", "infra"),
-        1: rewarded(1.0, 1.0, "short", 1.0),
+        3: rewarded(1.0, "failed_code", "failed_code", "infra"),
+        1: rewarded(1.0, 1.0, "failed_code", 1.0),
     }
     sampled = [trajectory for group in groups.values() for trajectory in group]
     samples, in_order, counts = samples_of(list(groups), sampled, "trajectory", reject, Settings(group=4))
     assert in_order == [groups[g] for g in range(4)]
-    expected = [(groups[0][1], 1.0), (groups[0][3], -1.0)]
-    expected += list(zip(groups[2], [-(3**-0.5), 3**0.5, -(3**-0.5), -(3**-0.5)], strict=True))
+    # improper trajectories have reward 0; one of four is right, in group 0 as in group 2
+    expected = [(t, 3**0.5 if i == 1 else -(3**-0.5)) for g in (0, 2) for i, t in enumerate(groups[g])]
     assert all(sample.trajectory is t for sample, (t, _) in zip(samples, expected, strict=True))
     assert [sample.advantage for sample in samples] == pytest.approx([a for _, a in expected], abs=1e-5)
     assert {sample.level for sample in samples} == {"trajectory"}
-    dropped = {"dropped_short": 4, "dropped_no_box": 1, "dropped_infra": 1}
-    assert dict(counts) == {"kept": 10, "groups_kept": 2, "groups_equal": 1, "groups_thin": 1, **dropped}
+    rejected = {"rejected_short": 1, "rejected_no_box": 1, "rejected_failed_code": 3, "rejected_infra": 1}
+    assert dict(counts) == {"kept": 12, "groups_kept": 2, "groups_equal": 1, "groups_thin": 1, **rejected}
+
+
+@pytest.mark.parametrize("improper", ["zero", "drop", "mask"])
+def test_improper_trajectories_count_as_wrong_or_are_dropped(improper):
+    group = rewarded("short", 1.0, "unfinished", 0.0)
+    for trajectory in group:
+        trajectory.reward = trajectory.reward if trajectory.finish == "stop" else 1.0  # right, but improper
+    samples, _, _ = samples_of([0], group, "trajectory", reject, Settings(group=4, improper=improper))
+    by_hand = {  # {index: advantage}
+        "zero": {0: -(3**-0.5), 1: 3**0.5, 2: -(3**-0.5), 3: -(3**-0.5)},  # rewards 0, 1, 0, 0
+        "drop": {1: 1.0, 3: -1.0},  # rewards 1, 0
+        "mask": {1: 3**0.5, 3: -(3**-0.5)},  # the mean is over all four, the loss over two
+    }[improper]
+    assert [sample.trajectory for sample in samples] == [group[i] for i in by_hand]
+    assert [sample.advantage for sample in samples] == pytest.approx(list(by_hand.values()), abs=1e-5)
+
+
+def test_ppo_rewards_an_improper_trajectory_with_0():
+    [improper] = rewarded("unfinished")
+    improper.reward = 1.0
+    samples, _, _ = samples_of([0], [improper], "trajectory", reject, Settings(group=1, estimator="ppo"))
+    samples[0].value_old = torch.zeros(1)
+    ppo_advantages(samples, Settings(estimator="ppo"))
+    assert samples[0].returns.tolist() == [0.0]
 
 
 def test_samples_of_the_step_level_by_hand():
@@ -152,12 +177,12 @@ def test_samples_of_the_step_level_by_hand():
     # three samples: mean 1/3, std 2**0.5 / 3
     assert [sample.advantage for sample in samples] == pytest.approx([2**0.5, -(2**-0.5), -(2**-0.5)], abs=1e-5)
     assert {sample.level for sample in samples} == {"step"}
-    assert dict(counts) == {"kept": 6, "dropped_no_block": 6, "groups_kept": 1, "groups_equal": 1, "groups_thin": 1}
+    assert dict(counts) == {"kept": 6, "rejected_no_block": 6, "groups_kept": 1, "groups_equal": 1, "groups_thin": 1}
 
 
 def test_samples_of_ppo_keeps_all_groups_with_a_sample():
     groups = [rewarded(1.0, "short", "short", "short"), rewarded(0.0, 0.0, 0.0, 0.0), rewarded(*["short"] * 4)]
-    settings = Settings(group=4, estimator="ppo")
+    settings = Settings(group=4, estimator="ppo", improper="drop")
     sampled = [trajectory for group in groups for trajectory in group]
     samples, _, counts = samples_of([0, 1, 2], sampled, "trajectory", reject, settings)
     assert len(samples) == counts["kept"] == 5
@@ -170,13 +195,6 @@ def test_failed_steps_excludes_passed_and_infra_steps():
     trajectory = ledger("1" * 9, steps=steps)
     assert [step.code for _, step in failed_steps([trajectory])] == ["a", "c"]
     assert failed_steps([replace(trajectory, steps=[Step(0, 1, 2, 9, "d", infra)])]) == []
-
-
-def test_each_epoch_draws_each_problem_once():
-    problems = [Problem(str(i), "") for i in range(5)]
-    drawn = [p.id for p in draw_problems(problems, 0, 12, seed=1)]
-    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list("01234") and drawn[:5] != drawn[5:10]
-    assert drawn[3:9] == [p.id for p in draw_problems(problems, 3, 6, seed=1)]
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
@@ -217,6 +235,15 @@ def test_denominators_of_both_levels_and_nll_by_hand():
     assert loss.item() == pytest.approx(1 / 6 + 0.5 * 0.0 + 0.01 * 1.0, abs=1e-6)
     assert info["loss_trajectory"] == pytest.approx(1 / 6) and info["nll"] == pytest.approx(1.0)
     assert info["mismatch_kl"] == 0.0 and info["clip_fraction"] == 0
+
+
+def test_joint_mean_divides_both_levels_by_all_tokens():
+    logp, is_step = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([False, True, True])
+    batch = batch_of(logp, logp.clone(), torch.tensor([1.0, -1.0, -2.0]), is_step, Counts(6, 4, 5))
+    settings = Settings(step_mean="joint", step_coef=0.5, nll_coef=0.0)
+    loss, info = hierarchical_loss(batch, Scores(logp, torch.zeros(3)), settings)
+    assert info["loss_trajectory"] == pytest.approx(-1 / 10) and info["loss_step"] == pytest.approx(3 / 10)
+    assert loss.item() == pytest.approx(-1 / 10 + 0.5 * 3 / 10)
 
 
 def test_importance_weight_is_capped_and_1_if_unknown():
@@ -461,7 +488,8 @@ def test_logits_are_computed_only_for_action_tokens(tokenizer):
     rows = []
     model.lm_head.register_forward_hook(lambda module, inputs, logits: rows.append(inputs[0].detach()))
     gradient(model, batch, Settings(max_tokens_per_micro_batch=10_000))
-    [projected] = rows  # computed once: the backward pass keeps these logits
+    assert len(rows) == 2  # once for each level: the backward pass keeps these logits
+    projected = torch.cat(rows)
     assert len(projected) == len(expected)
     distance = torch.cdist(projected, torch.stack(expected))  # the order differs
     assert distance.amin(0).max() < 1e-4 and distance.amin(1).max() < 1e-4

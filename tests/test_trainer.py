@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,15 +22,18 @@ from tqdm import tqdm
 
 import run_rl
 import run_sft
-from run_rl import draw_problems, sample_trajectories, train
+from run_rl import hierarchical_loss, sample_trajectories, train
 from thor.attention import use_layout_attention
 from thor.engines import HFEngine
+from thor.prompts import Prompt
 from thor.rollout import Sampling, solve
 from thor.run_folder import LOGS, Run
 from thor.settings import UserError, parse_settings
 from thor.training import trainer as trainer_module
-from thor.training.model import load_model, save_model
-from thor.training.trainer import Sample, Trainer
+from thor.training.model import add_value_head, load_model, save_model
+from thor.training.problems import ProblemQueue, pass_rates
+from thor.training.trainer import Sample, Trainer, lr_factor
+from thor.training.validation import Validation, load_validation
 from thor.trajectory import ExecResult, Problem, Trajectory
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +106,7 @@ def assert_documented(written: set[str], names: set[str]) -> None:
 
 def test_metrics_of_rl_are_documented_and_documented_ones_are_written(tmp_path, executor):
     names = documented("run_rl.py")
-    assert {"step", "dropped_*", "groups_thin", "step_groups_*", "seconds_steps", "loss_value"} < names
+    assert {"step", "rejected_*", "groups_thin", "step_groups_*", "seconds_steps", "loss_value"} < names
     for estimator, missing in (("grpo", {"loss_value"}), ("ppo", set())):
         settings = replace(SETTINGS, iterations=1, estimator=estimator, kl_coef=0.1, entropy_coef=0.01)
         run = Run(str(tmp_path / estimator), settings, resume=False)
@@ -196,13 +201,144 @@ def test_rank_without_samples_of_a_skipped_batch_dumps_no_file(run, tokenizer):
     assert not (run / "skipped").exists()
 
 
+# ---- validation -----------------------------------------------------------------------------------------------------
+
+
+def test_validation_keeps_the_curve_and_the_best_model(run, executor):
+    """The scripted model answers 1, 3, 0 and then 2 of 4 problems right: the best is the second."""
+    right = {"0": 1, "1": 3, "2": 0, "3": 2}
+    tokenizer = byte_tokenizer((RIGHT, WRONG))
+    model, problems = tiny_llama(tokenizer), [Problem(str(i), "q", "4") for i in range(4)]
+    pushed = []
+
+    def reply(request, turn):
+        return RIGHT if int(request.id.split("#")[0]) < right[str(len(pushed) - 1)] else WRONG
+
+    engine = ScriptedEngine(tokenizer, reply)
+    engine.update_weights = lambda parameters: pushed.append([name for name, _ in parameters])
+    settings = replace(SETTINGS, eval_every=1)
+    sources = {"a": problems, "b": problems[:1]}
+    validate = Validation(run, settings, sources, engine, executor, Sampling(max_tokens=20), Prompt())
+    trainer = Trainer(model, run, settings, validate=validate)
+    for step in trainer.iterations(3, "test", "iteration"):
+        run.log(step, {})
+        with torch.no_grad():
+            next(model.parameters()).fill_(step)
+    records = run.read("validation.jsonl")
+    assert [(r["step"], r["data"]) for r in records] == [(step, name) for step in range(4) for name in "ab"]
+    assert [r["accuracy"][0] for r in records] == [0.25, 1.0, 0.75, 1.0, 0.0, 0.0, 0.5, 1.0]
+    assert records[2]["rewards"] == [1.0, 1.0, 1.0, 0.0]
+    assert trainer.state["best"] == [0.875, 1]
+    best = load_model(str(run / "best"), "cpu")[0]
+    assert next(best.parameters()).unique().tolist() == [0.0]  # after the first of three iterations
+    report = validate.report()
+    # a: 1 right before, 2 after, of the same 4 problems
+    assert f"best model: {run / 'best'}" in report and "a, step 0" in report and "change +25.0% [" in report
+
+
+def test_validation_sources_are_loaded_and_default_to_those_of_the_demo(tmp_path):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps({"question": f"q{i}", "answer": "1"}) + "\n" for i in range(3)))
+    settings = replace(SETTINGS, evaluate=True, eval_limit=2)
+    assert [len(problems) for problems in load_validation(settings, demo=True).values()] == [2]
+    assert load_validation(settings, demo=False) == {} == load_validation(replace(settings, evaluate=False), demo=True)
+    named = load_validation(replace(settings, eval_data=f"{path},synthetic"), demo=False)
+    assert list(named) == [str(path), "synthetic"] and {len(problems) for problems in named.values()} == {2}
+
+
+# ---- learning rate --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, [1, 1, 1, 1]),
+        ("constant", 0.5, [1 / 2, 1, 1, 1]),
+        ("constant", 1.0, [1 / 4, 2 / 4, 3 / 4, 1]),
+        ("linear", 0.0, [1, 3 / 4, 2 / 4, 1 / 4]),
+        ("linear", 0.5, [1 / 2, 1, 2 / 3, 1 / 3]),
+        ("cosine", 0.0, [1, (1 + 0.5**0.5) / 2, 1 / 2, (1 - 0.5**0.5) / 2]),
+        ("cosine", 0.5, [1 / 2, 1, 3 / 4, 1 / 4]),
+    ],
+)
+def test_learning_rate_schedules_by_hand(schedule, warmup, expected):
+    assert [lr_factor(step, 4, schedule, warmup) for step in range(4)] == pytest.approx(expected)
+
+
+def test_schedule_scales_each_parameter_group_from_its_peak(run, tokenizer):
+    model = tiny_llama(tokenizer)
+    add_value_head(model)
+    settings = replace(SETTINGS, lr=0.1, lr_schedule="linear", weight_decay=0.5, beta1=0.8, beta2=0.9)
+    trainer = Trainer(model, run, settings, value_lr=1.0)
+    groups, rates = trainer.optimizer.param_groups, []
+    for _ in trainer.iterations(2, "test", "iteration"):
+        rates.append([group["lr"] for group in groups])
+    assert rates == [[0.1, 1.0], [0.05, 0.5]]
+    assert all(group["betas"] == (0.8, 0.9) and group["weight_decay"] == 0.5 for group in groups)
+
+
+def test_gradient_norms_of_the_levels_are_those_of_each_level_alone(tokenizer):
+    def norms(levels: list[str]) -> dict[str, float]:
+        samples = {"trajectory": Sample(ledger([1], [5, 6, 7]), 1.0), "step": Sample(ledger([1, 5], [8]), -2.0, "step")}
+        quiet = replace(SETTINGS, report_to="none")
+        trainer = Trainer(tiny_llama(tokenizer), Run("never written", quiet, resume=True), quiet)
+        metrics = trainer.step([samples[level] for level in levels], partial(hierarchical_loss, settings=SETTINGS))
+        return {name: value for name, value in metrics.items() if name.startswith("grad_norm")}
+
+    alone = {level: norms([level]) for level in ("trajectory", "step")}
+    both = norms(["step", "trajectory"])
+    for level, one in alone.items():
+        assert one == {"grad_norm": pytest.approx(one[f"grad_norm_{level}"]), f"grad_norm_{level}": one["grad_norm"]}
+        assert both[f"grad_norm_{level}"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    assert abs(both["grad_norm_trajectory"] - both["grad_norm_step"]) < both["grad_norm"]
+
+
+# ---- problems -------------------------------------------------------------------------------------------------------
+
+
+def ids_of(problems: list[Problem]) -> list[str]:
+    return [problem.id for problem in problems]
+
+
+def test_each_epoch_draws_each_problem_once_and_resumes_anywhere():
+    problems = [Problem(str(i), "") for i in range(5)]
+    queue = ProblemQueue(problems, seed=1)
+    drawn = ids_of(queue.draw(3)) + ids_of(queue.draw(9))
+    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list("01234") and drawn[:5] != drawn[5:10]
+    resumed = ProblemQueue(problems, seed=1)
+    resumed.state = {"cursor": 3, "pass_rates": {}}
+    assert ids_of(resumed.draw(9)) == drawn[3:]
+
+
+def test_problems_outside_the_pass_rate_range_are_drawn_in_some_epochs():
+    problems = [Problem(str(i), "") for i in range(40)]
+    queue = ProblemQueue(problems, 0, 0.1, 0.9)
+    assert sorted(ids_of(queue.draw(40))) == sorted(ids_of(problems))  # nothing is known yet
+    for i, problem in enumerate(problems):
+        queue.record(problem, [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], []][i % 4])
+    drawn = Counter(int(problem.id) % 4 for problem in queue.draw(300))
+    # a quarter of the problems with rates 1 and 0, all of those with rate 1/2 and without one: 10 + 20 of 40 per epoch
+    epochs = queue.state["cursor"] / 40 - 1
+    assert drawn[1] == pytest.approx(10 * epochs, abs=10) and drawn[3] == pytest.approx(10 * epochs, abs=10)
+    assert 0.15 < (drawn[0] + drawn[2]) / (20 * epochs) < 0.35
+    known = [replace(problem, pass_rate=1.0) for problem in problems]  # rates that the rows of a file have
+    assert ProblemQueue(known, 0, 0.1, 0.9).draw(9) and ProblemQueue(known[:1], 0, 0.1, 0.9).draw(2) == known[:1] * 2
+
+
+@pytest.mark.parametrize("text", ["", "0.5", "0.9,0.1", "-1,1", "0,2", "a,b", "0,1,1"])
+def test_invalid_pass_rate_range_is_an_error(text):
+    assert pass_rates("0.1,0.9") == (0.1, 0.9)
+    with pytest.raises(UserError, match="--pass_rate_range"):
+        pass_rates(text)
+
+
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
 def test_second_draw_replaces_groups_without_a_signal(tokenizer, executor):
     """All samples of two of three problems are right, so two other problems are drawn."""
     settings = replace(SETTINGS, prompts=3, max_draws=4, min_tokens=1)
-    order = [problem.id for problem in draw_problems(PROBLEMS, 0, 8, settings.seed)]
+    order = [problem.id for problem in ProblemQueue(PROBLEMS, settings.seed).draw(8)]
     easy = {order[0], order[2]}
 
     def reply(request, turn):
@@ -210,8 +346,11 @@ def test_second_draw_replaces_groups_without_a_signal(tokenizer, executor):
         return RIGHT if name in easy or int(sample) % 2 else WRONG
 
     engine, bar = ScriptedEngine(tokenizer, reply), tqdm(disable=True)
-    samples, everything, cursor, counts = sample_trajectories(engine, executor, PROBLEMS, 0, 0, settings, bar)
-    assert counts["draws"] == 2 and counts["draws_capped"] == 0 and cursor == 5
+    queue = ProblemQueue(PROBLEMS, settings.seed)
+    samples, everything, counts = sample_trajectories(engine, executor, queue, 0, settings, bar)
+    assert counts["draws"] == 2 and counts["draws_capped"] == 0 and queue.state["cursor"] == 5
+    expected = {name: 1.0 if name in easy else 0.5 for name in order[:5]}
+    assert queue.state["pass_rates"] == expected and counts["groups"] == 5
     assert counts["groups_kept"] == settings.prompts and counts["groups_equal"] == 2 and counts["groups_thin"] == 0
     assert counts["sampled"] == len(everything) == counts["kept"] == 5 * settings.group
     learned = {sample.trajectory.problem.id for sample in samples}

@@ -21,7 +21,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from thor.distributed import rank
 from thor.settings import UserError
 
-LOGS = ("metrics.jsonl", "trajectories.jsonl")  # files that grow during training
+LOGS = ("metrics.jsonl", "validation.jsonl", "trajectories.jsonl")  # files that grow during training
 
 
 class Run:
@@ -112,8 +112,12 @@ class Run:
             return
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
         self.append("metrics.jsonl", {"step": step, **clean})
+        self.track(step, clean)
+
+    def track(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Report those metrics that have a finite value to the trackers."""
         for tracker in self._trackers:
-            tracker.log({name: value for name, value in clean.items() if value is not None}, step=step)
+            tracker.log({k: v for k, v in metrics.items() if v is not None and math.isfinite(v)}, step=step)
 
     def start_trackers(self, step: int) -> None:
         """Start the trackers of `report_to`. `step`: the first step that will be logged. Raises UserError."""

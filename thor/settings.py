@@ -26,7 +26,16 @@ from thor.distributed import end_ranks, first_to_fail, gather, rank
 from thor.prompts import PROMPT_FILE, Prompt, load_prompt
 
 S = TypeVar("S")
-TOPICS = ("model", "data", "sampling", "objective", "optimisation", "memory", "run")  # groups of --help, in this order
+TOPICS = (
+    "model",
+    "data",
+    "sampling",
+    "objective",
+    "optimisation",
+    "validation",
+    "memory",
+    "run",
+)  # groups of --help, in this order
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 

@@ -158,7 +158,7 @@ class Clock:
     def wrap_training(self) -> None:
         self.wrap(torch.Tensor, "backward", "backward")
         self.wrap(torch.optim.AdamW, "step", "optimizer")
-        self.wrap(torch.nn.utils, "clip_grad_norm_", "optimizer")
+        self.wrap(torch.nn.utils, "clip_grads_with_norm_", "optimizer")
 
     def iteration_ends(self) -> None:
         end = self.now()

@@ -21,6 +21,7 @@ from transformers.utils import logging as hf_logging
 from thor.attention import use_layout_attention
 from thor.demo import DEMO_MODEL, ModelError, demo_model
 from thor.distributed import barrier, rank, world_size
+from thor.prompts import Prompt
 
 try:
     from thor.fast_cpu import optimize_for_cpu
@@ -81,8 +82,11 @@ def prepare(model: PreTrainedModel, device: str = "cpu") -> None:
         optimize_for_cpu(model)
 
 
-def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
-    """Write a plain Hugging Face folder that transformers and vLLM load: full parameters, no value head."""
+def save_model(model: PreTrainedModel, tokenizer, folder: Path, prompt: Prompt | None = None) -> None:
+    """Write a plain Hugging Face folder that transformers and vLLM load: full parameters, no value head.
+
+    prompt: the one that the model was trained with, for prompt.yaml.
+    """
     state = get_model_state_dict(model, options=FULL_STATE)  # a collective operation
     if rank() == 0:
         # named_parameters lists tied parameters once, under the name that transformers stores
@@ -90,6 +94,8 @@ def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
         policy = {name: state[name] for name in state if name in names and not name.startswith("value_head.")}
         model.save_pretrained(folder, state_dict=policy)
         tokenizer.save_pretrained(folder)
+        if prompt:
+            prompt.save(folder)
     barrier()
 
 

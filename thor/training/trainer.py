@@ -35,15 +35,30 @@ class TrainSettings:
     """Settings that run_sft.py and run_rl.py share."""
 
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
-    lr: float = setting(1e-5, "learning rate", "optimisation")
-    weight_decay: float = setting(0.0, "weight decay of AdamW", "optimisation")
+    lr: float = setting(1e-5, "peak learning rate", "optimisation")
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "learning rate after the warm-up; 'linear' and 'cosine' decay to 0", "optimisation"
+    )
+    warmup: float = setting(0.0, "share of the run in which the learning rate rises from 0", "optimisation", min=0)
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", "optimisation", min=0)
+    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", "optimisation", min=0)
+    weight_decay: float = setting(0.0, "weight decay of AdamW", "optimisation", min=0)
     clip: float = setting(1.0, "gradient clipping norm", "optimisation")
     max_tokens_per_micro_batch: int = setting(1024, "distinct tokens in one forward and backward pass", "memory", min=1)
     tree: bool = setting(True, "compute shared prefixes once; the result is the same", "memory")
     gradient_checkpointing: bool = setting(False, "less memory for a third more compute", "memory")
     save_every: int = setting(1, "iterations between checkpoints", "run", min=1)
     keep: int = setting(2, "number of checkpoints to keep", "run", min=1)
-    evaluate: bool = setting(True, "score held-out problems", "run")
+    evaluate: bool = setting(True, "validate before and after training, and every --eval_every", "validation")
+    eval_data: str = setting(
+        "auto", "held-out problems, such as 'math500,aime24'; 'auto': those of the demo, if it is trained", "validation"
+    )
+    eval_limit: int = setting(256, "number of problems of each source, the first ones", "validation", min=1)
+    eval_every: int = setting(
+        0, "iterations between validations; 0: only before and after training", "validation", min=0
+    )
+    eval_samples: int = setting(1, "responses per problem", "validation", min=1)
+    eval_temperature: float = setting(0.4, "sampling temperature; 0: greedy", "validation", min=0)
     rank_timeout: float = setting(3600.0, "seconds that a rank waits for the others", "run")
     seed: int = setting(0, "random seed", "run")
     report_to: str = setting("tensorboard", "trackers, such as 'tensorboard,wandb'; 'none' for none", "run")
@@ -140,6 +155,18 @@ def rank_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> 
     return batches[rank() :: ranks]
 
 
+def lr_factor(step: int, total: int, schedule: str, warmup: float) -> float:
+    """Learning rate of a step as a share of its peak: a linear warm-up, then `schedule`, which decays to 0 at `total`.
+
+    step: from 0 to total - 1. warmup: share of the steps. The last step still has a rate above 0.
+    """
+    rising = max(1.0, warmup * total)
+    if step + 1 < rising or schedule == "constant":
+        return min(1.0, (step + 1) / rising)
+    left = (total - step) / (total + 1 - rising)
+    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
 # ---- the trainer ----------------------------------------------------------------------------------------------------
 
 Loss = Callable[[Batch, Scores], tuple[torch.Tensor, dict[str, float]]]
@@ -151,6 +178,7 @@ class Trainer:
     temperature: of the softmax that scores tokens. value_lr: learning rate of the value head, if there is one.
     reference: a frozen model to score with, sharded like the policy. state: part of each checkpoint, as are the sizes
     of the run's logs, to which a resumed run cuts them.
+    validate(model, step, state): called before the first iteration, every --eval_every iterations and after the last.
     """
 
     def __init__(
@@ -161,8 +189,9 @@ class Trainer:
         temperature: float = 1.0,
         value_lr: float | None = None,
         reference: PreTrainedModel | None = None,
+        validate: Callable[[PreTrainedModel, int, dict], None] | None = None,
     ) -> None:
-        self.model, self.run, self.settings = model, run, settings
+        self.model, self.run, self.settings, self.validate = model, run, settings, validate
         self.temperature, self.reference = temperature, reference
         if settings.gradient_checkpointing:
             checkpoint_gradients(model)
@@ -171,8 +200,9 @@ class Trainer:
         head = [p for name, p in model.named_parameters() if name.startswith("value_head.")]
         body = [p for name, p in model.named_parameters() if not name.startswith("value_head.")]
         groups = [{"params": body}, *([{"params": head, "lr": value_lr}] if head else [])]
-        options = {"lr": settings.lr, "betas": (0.9, 0.95), "weight_decay": settings.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(groups, **options)
+        options = {"betas": (settings.beta1, settings.beta2), "weight_decay": settings.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, **options)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.state = {"iteration": 0, "skipped_in_a_row": 0, "log_sizes": {}} | self._restore()
         self.steps = 0  # optimizer steps of this iteration
         for name in LOGS:
@@ -184,10 +214,15 @@ class Trainer:
 
         Raises UserError after MAX_SKIPPED skipped optimizer steps in a row, with the last good weights saved.
         """
-        start, save_every = self.state["iteration"], self.settings.save_every
+        start, save_every, eval_every = self.state["iteration"], self.settings.save_every, self.settings.eval_every
+        if self.validate and start == 0:
+            self.validate(self.model, 0, self.state)
         with tqdm(total=total, initial=start, desc=name, unit=unit, disable=rank() > 0) as self.bar:
             for iteration in range(start, total):
                 self.steps = 0
+                factor = lr_factor(iteration, total, self.settings.lr_schedule, self.settings.warmup)
+                for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                    group["lr"] = peak * factor
                 yield iteration
                 self.bar.update()
                 self.state["iteration"] = iteration + 1
@@ -197,7 +232,10 @@ class Trainer:
                         f"{MAX_SKIPPED} optimizer steps in a row were skipped: loss or gradient was not finite. Their "
                         f"batches are in {self.run / 'skipped'}, the weights before them in {self.run / CHECKPOINTS}"
                     )
-                if (iteration + 1) % save_every == 0 or iteration + 1 == total:
+                last = iteration + 1 == total
+                if self.validate and (last or (eval_every and (iteration + 1) % eval_every == 0)):
+                    self.validate(self.model, iteration + 1, self.state)
+                if last or (iteration + 1) % save_every == 0:
                     self.save(self.state)
 
     @property
@@ -210,18 +248,28 @@ class Trainer:
         loss(batch, scores) returns what a micro-batch contributes to the loss, and sums of its metrics. It divides by
         batch.counts, which covers all samples, so the gradient does not depend on how they are cut into micro-batches.
         A loss or gradient that is not finite skips the step: the weights stay, and the samples are written to skipped/.
-        Returns 'loss', 'grad_norm' (before clipping), 'skipped' (0 or 1), 'tokens_trajectory', 'tokens_step' (action
-        tokens of each level), and the sums of the metrics.
+        Returns 'loss', 'grad_norm' (before clipping; with two levels also 'grad_norm_trajectory', 'grad_norm_step'),
+        'lr', 'skipped' (0 or 1), 'tokens_trajectory', 'tokens_step' (action tokens of each level), and the sums of the
+        metrics.
         """
-        counts, sums, logps = Counts.of(samples), Counter(), {}
-        for members, part, scores in self._micro_batches(self.model, samples):
-            value, info = loss(collate(part, counts, scores.logp.device), scores)
-            (value * world_size()).backward()  # FSDP averages over ranks, but the sum is needed
-            sums.update({"loss": value.item()} | info)
-            logps.update(zip(members, _split(scores.logp.detach(), part), strict=True))
+        counts, sums, logps, norms, before = Counts.of(samples), Counter(), {}, {}, None
+        parameters = list(self.model.parameters())
+        for level in sorted({sample.level for sample in samples}, reverse=True):  # one after the other, for their norms
+            chosen = [b for b, sample in enumerate(samples) if sample.level == level]
+            for members, part, scores in self._micro_batches(self.model, [samples[b] for b in chosen]):
+                value, info = loss(collate(part, counts, scores.logp.device), scores)
+                (value * world_size()).backward()  # FSDP averages over ranks, but the sum is needed
+                sums.update({"loss": value.item()} | info)
+                logps.update(zip((chosen[i] for i in members), _split(scores.logp.detach(), part), strict=True))
+            norms[f"grad_norm_{level}"] = _norm(parameters)
+            if before is None:
+                before = [parameter.grad for parameter in parameters]
+                self.optimizer.zero_grad(set_to_none=True)
+        for parameter, gradient in zip(parameters, before or [], strict=False):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         metrics = all_reduce_sum(sums)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = _norm(parameters)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, torch.tensor(norm))
         skipped = not (math.isfinite(metrics["loss"]) and math.isfinite(norm))
         if not skipped:
             self.optimizer.step()
@@ -231,7 +279,8 @@ class Trainer:
         self.state["skipped_in_a_row"] = self.state["skipped_in_a_row"] + 1 if skipped else 0
         self.steps += 1
         tokens = {"tokens_trajectory": counts.trajectory, "tokens_step": counts.step}
-        return {**metrics, **tokens, "grad_norm": norm, "skipped": float(skipped)}
+        lr = self.optimizer.param_groups[0]["lr"]
+        return {**metrics, **tokens, **norms, "grad_norm": norm, "lr": lr, "skipped": float(skipped)}
 
     @torch.no_grad()
     def score(self, samples: list[Sample], model: PreTrainedModel | None = None) -> list[tuple]:
@@ -315,6 +364,12 @@ class Trainer:
         if has_optimizer:
             full_state.set_optimizer_state_dict(self.model, self.optimizer, saved.get("optimizer", {}), options=options)
         return state
+
+
+def _norm(parameters: list[torch.nn.Parameter]) -> float:
+    """Norm of all gradients together, over all ranks."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def _split(values: torch.Tensor, samples: list[Sample]) -> tuple[torch.Tensor, ...]:

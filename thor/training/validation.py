@@ -1,0 +1,99 @@
+"""Validation on held-out problems before, during and after training, with the sampling limits of the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from thor.data import load_problems
+from thor.distributed import gather, rank, world_size
+from thor.engines import Engine
+from thor.evaluation import bootstrap_interval, evaluate, summarize, table
+from thor.prompts import Prompt
+from thor.rollout import Sampling
+from thor.run_folder import Run
+from thor.sandbox import Executor
+from thor.settings import derive_seed
+from thor.training.model import policy_parameters, save_model
+from thor.training.trainer import TrainSettings
+from thor.trajectory import Problem
+
+LOGGED = ("accuracy", "code_ratio", "code_pass_rate", "tokens")  # means that the trackers get
+
+
+def load_validation(settings: TrainSettings, demo: bool) -> dict[str, list[Problem]]:
+    """The problems of each source in --eval_data. demo: the run trains the demo, whose held-out problems are known."""
+    sources = settings.eval_data.split(",") if settings.evaluate else []
+    if sources == ["auto"]:
+        sources = ["synthetic"] if demo else []
+    return {name: load_problems(name, split="test", limit=settings.eval_limit) for name in sources}
+
+
+class Validation:
+    """Evaluates a model that is trained, keeps the curve in validation.jsonl and the best model in best/.
+
+    sources: problems by name, see `load_validation`; none switches validation off.
+    sampling: the limits of the run; temperature and seed are replaced.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: TrainSettings,
+        sources: dict[str, list[Problem]],
+        engine: Engine,
+        executor: Executor,
+        sampling: Sampling,
+        prompt: Prompt,
+    ) -> None:
+        self.run, self.settings, self.sources, self.prompt = run, settings, sources, prompt
+        self.engine, self.executor = engine, executor
+        self.sampling = replace(sampling, temperature=settings.eval_temperature)
+
+    def __call__(self, model: PreTrainedModel, step: int, state: dict) -> None:
+        """Evaluate `model` after `step` iterations. Ranks share the problems. Updates state['best'] = [accuracy, step].
+
+        accuracy: mean over the sources. With --eval_every, a model that is better than all before is saved in best/.
+        """
+        if not self.sources:
+            return
+        self.engine.update_weights(policy_parameters(model))
+        means = []
+        for name, problems in self.sources.items():
+            repeated = [problem for problem in problems for _ in range(self.settings.eval_samples)]
+            mine = repeated[rank() :: world_size()]
+            sampling = replace(self.sampling, seed=derive_seed(self.settings.seed, "validation"))
+            _, part = evaluate(self.engine, self.executor, mine, sampling, f"{name}, step {step}")
+            parts = gather(part)
+            trajectories = [parts[i % world_size()][i // world_size()] for i in range(len(repeated))]
+            summary = summarize(trajectories)
+            rewards = [trajectory.reward for trajectory in trajectories]
+            self.run.append("validation.jsonl", {"step": step, "data": name, **summary, "rewards": rewards})
+            self.run.track(step, {f"validation/{name}/{key}": summary[key][0] for key in LOGGED})
+            means.append(summary["accuracy"][0])
+        accuracy = sum(means) / len(means)
+        if accuracy > state.get("best", [-1.0])[0]:
+            state["best"] = [accuracy, step]
+            if self.settings.eval_every and step:
+                with self.run.whole_folder("best") as folder:
+                    save_model(model, self.engine.tokenizer, folder, self.prompt)
+        self.engine.sleep()
+
+    def report(self) -> str:
+        """Where the models are; for each source its table before and after training, and the paired difference."""
+        lines, records = [f"last model: {self.run / 'final'}"], self.run.read("validation.jsonl")
+        if (self.run / "best").exists():
+            lines.append(f"best model: {self.run / 'best'}")
+        for name in self.sources:
+            first, *_, last = (record for record in records if record["data"] == name)
+            rows = [(f"{name}, step {record['step']}", record) for record in (first, last)]
+            # the same problems in the same order: differences within problems have far less noise than two means
+            problems = [
+                np.array(r["rewards"], dtype=float).reshape(-1, self.settings.eval_samples) for r in (first, last)
+            ]
+            change = np.nanmean(problems[1], axis=1) - np.nanmean(problems[0], axis=1)
+            low, high = bootstrap_interval(np.nanmean, change)
+            lines += [table(rows), f"change {np.nanmean(change):+.1%} [{low:+.1%}, {high:+.1%}]"]
+        return "\n".join(lines)
