@@ -91,6 +91,17 @@ def test_ppo_step_level_raises_the_code_pass_rate(tmp_path, executor):
     assert rise(metrics, "code_pass_rate") > 0.25
 
 
+@pytest.mark.parametrize("blocks", [[GOOD], [GOOD, BAD]], ids=["trajectory level", "both levels"])
+@pytest.mark.parametrize("changes", [{}, {"lr": 3e-3}, {"estimator": "ppo", "value_lr": 0.03}], ids=str)
+def test_learning_lasts(tmp_path, executor, blocks, changes):
+    """For 30 iterations. If improper responses are dropped, the policy learns and then drifts to responses cut off."""
+    metrics = learn(tmp_path, executor, blocks, [RIGHT, WRONG], replace(SETTINGS, iterations=30, **changes))
+    last = metrics[-3:]
+    assert sum(m["reward"] for m in last) / 3 >= 0.9 and sum(m["code_pass_rate"] for m in last) / 3 >= 0.9
+    assert sum(m["truncated"] for m in last) / 3 <= 0.05
+    assert sum(m["groups_kept"] > 0 for m in metrics) > 15
+
+
 def test_step_level_raises_the_code_pass_rate(tmp_path, executor):
     metrics = learn(tmp_path, executor, [GOOD, BAD], [RIGHT])
     assert rise(metrics, "code_pass_rate") > 0.25

@@ -258,6 +258,13 @@ def test_importance_weight_is_capped_and_1_if_unknown():
     assert info["mismatch_kl"] == pytest.approx(sum(math.exp(x) - 1 - x for x in d), abs=1e-5)
 
 
+def test_mismatch_kl_stays_finite_for_log_probs_that_are_far_apart():
+    logp, sampler = torch.tensor([-1000.0, -1.0]), torch.tensor([-1.0, -1000.0])
+    batch = batch_of(logp, sampler, torch.ones(2), torch.zeros(2, dtype=torch.bool), Counts(2, 0, 2))
+    loss, info = hierarchical_loss(batch, Scores(logp, torch.zeros(2)), Settings())
+    assert 900 < info["mismatch_kl"] < math.exp(21) and math.isfinite(loss.item())
+
+
 def test_kl_and_entropy_terms_by_hand():
     logp, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0 + math.log(2), -2.0])
     counts, is_step = Counts(2, 0, 0), torch.zeros(2, dtype=torch.bool)

@@ -371,7 +371,7 @@ def test_logp_old_needs_a_forward_pass_only_with_several_updates(run, executor, 
     monkeypatch.setattr(trainer_module, "score_tokens", counted)
     settings = replace(SETTINGS, iterations=1, updates=updates, max_tokens_per_micro_batch=100_000)
     train(model, tokenizer, engine, executor, PROBLEMS, run, settings)
-    assert len(during) == updates and len(before) == extra
+    assert len(during) == 2 * updates and len(before) == extra  # each update scores the two levels
     assert before == [sum(during)] * extra and sum(during) > 50
 
 
@@ -515,8 +515,9 @@ def run_with_kills(tmp_path, script: str, flags: list[str], kills: list[tuple[st
 def test_rl_killed_ten_times_gives_the_same_logs_bit_for_bit(tmp_path, model_folder):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"question": f"q{i}", "answer": "4"}) + "\n" for i in range(6)))
-    flags = ["--data", str(data), "--model", str(model_folder), "--device", "cpu", "--evaluate", "False"]
-    flags += ["--prompts", "3", "--group", "4", "--max_tokens", "150", "--max_rounds", "1", "--min_tokens", "2"]
+    flags = ["--data", str(data), "--model", str(model_folder), "--device", "cpu", "--eval_data", str(data)]
+    flags += ["--eval_every", "5", "--pass_rate_range", "0.1,0.9", "--lr_schedule", "cosine", "--min_tokens", "2"]
+    flags += ["--prompts", "3", "--group", "4", "--max_tokens", "150", "--max_rounds", "1"]
     flags += ["--iterations", "16", "--updates", "2", "--save_every", "2", "--lr", "1e-3"]
     rng = random.Random(0)
     most = {"sampling": 20, "update": 6, "checkpoint": 1, "rename": 6, "link": 2, "log": 40}  # of a few iterations
