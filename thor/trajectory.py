@@ -15,7 +15,7 @@ import struct
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from thor.text import decode
+from thor.text import decode, find_boxes, special_ids
 
 LOGGED = 1000  # characters of a snippet's stdout and of its error that files keep; the sandbox keeps up to 64 KiB
 
@@ -51,10 +51,15 @@ class ExecResult:
         return self.status == "ok"
 
     def observation(self, limit: int = 256) -> str:
-        """What the model sees: stdout, or the error. Over `limit` characters, the middle is replaced by '...'."""
-        text = (self.stdout if self.passed else self.error).strip("\n")
+        """What the model sees: stdout, and after a failure the error on the next line.
+
+        Over `limit` characters, the middle is replaced by '...'.
+        """
+        printed = self.stdout.strip("\n") if self.stdout.strip() else ""
+        error = "" if self.passed else self.error or self.status
+        text = f"{printed}\n{error}" if printed and error else printed or error
         half = limit // 2
-        return text if len(text) <= limit else text[:half] + "..." + text[-half:]
+        return text if len(text) <= limit else text[:half] + "..." + text[len(text) - half :]
 
 
 @dataclass
@@ -161,16 +166,33 @@ class Trajectory:
         """Results of the executed blocks, in order."""
         return [step.result for step in self.steps if step.result is not None]
 
-    def text(self, tokenizer, policy_only: bool = False) -> str:
-        """The response as text. policy_only: without observations; the answer is extracted from this."""
-        spans = []
-        for step in self.steps:
-            spans.append(decode(tokenizer, self.token_ids[step.think_start : step.observe_start]))
-            if not policy_only:
-                spans.append(decode(tokenizer, self.token_ids[step.observe_start : step.end]))
-        return "".join(spans)
+    def text(self, tokenizer, policy_only: bool = False, end: int | None = None) -> str:
+        """The response as text.
 
-    # ---- files ----
+        policy_only: without observations, each of which becomes a line break; the answer is extracted from this.
+        end: number of tokens to decode. By default all but the end token.
+        """
+        if end is None:  # the end token may be another one than the tokenizer's EOS
+            ended = self.finish == "stop" and self.token_ids[-1:] and self.token_ids[-1] in special_ids(tokenizer)
+            end = len(self) - bool(ended)
+        text = ""
+        for step in self.steps:
+            text += decode(tokenizer, self.token_ids[step.think_start : min(step.observe_start, end)])
+            observation = self.token_ids[step.observe_start : min(step.end, end)]
+            if not policy_only:
+                text += decode(tokenizer, observation)
+            elif observation and not text.endswith("\n"):
+                text += "\n"
+        return text
+
+    def has_box_near_end(self, tokenizer, window: int) -> bool:
+        """Whether the last box of the policy's prose ends within the last `window` tokens of the response.
+
+        What counts is where the box ends, because a long answer, such as a matrix, is not a reason to reject it.
+        """
+        boxes = find_boxes(self.text(tokenizer, policy_only=True))
+        before_window = self.text(tokenizer, policy_only=True, end=max(0, len(self) - window))
+        return bool(boxes) and boxes[-1][1] > len(before_window)
 
     def to_dict(self) -> dict:
         """The ledger as compact JSON data. Exact, except that stdout and error are cut to LOGGED characters.
