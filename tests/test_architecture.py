@@ -151,7 +151,7 @@ def test_functions_have_few_arguments():
 
 def test_the_reading_path_is_short():
     lines = {module: len(SOURCES[module].read_text().splitlines()) for module in READING_PATH}
-    assert sum(lines.values()) <= 1900, f"the reading path is too long, move or remove code: {lines}"
+    assert sum(lines.values()) <= 2100, f"the reading path is too long, move or remove code: {lines}"
     train = FUNCTIONS["run_rl.train"]
     assert train.end_lineno - train.lineno + 1 <= 60
 
