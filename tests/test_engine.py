@@ -146,6 +146,43 @@ def test_logps_match_the_trainer(executor, temperature):
     assert torch.allclose(scores.logp, torch.tensor(ours), atol=1e-4)
 
 
+def test_self_correction_is_exact_and_counts_every_token(executor):
+    """The cache is cut back with the response, and the result equals the model's own forward pass."""
+    tokenizer = byte_tokenizer(WORDS)
+    model = talkative_model(tokenizer)
+    problems = [Problem(str(i), f"question {i % 3}") for i in range(12)]
+    sampling = Sampling(max_tokens=120, max_rounds=4, seed=3)
+
+    def run(**options):
+        engine = HFEngine(model, tokenizer, max_rows=5)
+        completions, step_once, counts = [], engine.step, count_tokens(engine)
+
+        def step():
+            new = step_once()
+            completions.extend(new)
+            return new
+
+        engine.step = step
+        trajectories = solve(engine, executor, problems, sampling, deterministic=True, **options)
+        return trajectories, sum(len(c.token_ids) for c in completions), sum(counts)
+
+    plain, plain_sampled, _ = run()
+    off, off_sampled, _ = run(self_correct=0, suffix_tokens=7)
+    assert [(t.token_ids, t.logp_sampler) for t in off] == [(t.token_ids, t.logp_sampler) for t in plain]
+    assert off_sampled == plain_sampled == sum(t.num_sampled for t in plain)
+    trajectories, sampled, computed = run(self_correct=2, suffix_tokens=7)
+    assert sum(t.corrections for t in trajectories) >= 10
+    assert sampled == sum(t.num_sampled + t.discarded for t in trajectories)
+    # Each retry computes the last kept token again, because sampling needs its logits.
+    prompts = sum(map(len, {tuple(t.prompt_ids[:-1]) for t in trajectories}))
+    assert computed <= prompts + sum(len(t) + t.discarded + t.corrections for t in trajectories)
+    with torch.no_grad():
+        scores = score_tokens(
+            model, [t.all_token_ids for t in trajectories], [t.action_positions for t in trajectories], 1.0
+        )
+    assert torch.allclose(scores.logp, torch.tensor([lp for t in trajectories for lp in t.action_logps]), atol=1e-4)
+
+
 def test_bfloat16_decoding_is_as_exact_as_fused_attention():
     """Compares the merged softmax parts and PyTorch's fused attention with float64."""
     torch.manual_seed(0)

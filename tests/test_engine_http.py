@@ -536,6 +536,28 @@ def test_trajectories_over_http(server, connect, executor):
         assert text == turns[0] + "\n```output\n42\n```\n" + turns[1] and trajectory.finish == "stop"
 
 
+def test_self_correction_over_http(server, connect, executor):
+    """The request after a failed block ends with r_pre, token by token."""
+    server.models[0]["max_model_len"] = 4096
+    replies = iter(["Compute it.\n```python\nprint(x)\n```", "\n```python\nprint(42)\n```", "It is \\boxed{42}."])
+
+    def answer(body, reply):
+        text = next(replies)
+        tokens = encode_text(text) + [END] * ("boxed" in text)
+        reply.send(tokens, [-0.1] * len(tokens))
+
+    server.answer = answer
+    engine = connect(rows=4)
+    [problem] = load_problems("synthetic", split="train", limit=1, seed=0)
+    [t] = solve(engine, executor, [problem], Sampling(max_tokens=400), self_correct=1, suffix_tokens=5)
+    kept = "Compute"  # the last five tokens of the thought are " it.\n"
+    assert server.bodies[1]["prompt"] == t.prompt_ids + encode_text(kept)
+    assert t.text(engine.tokenizer, policy_only=True).startswith(kept + "\n```python\nprint(42)\n```It is")
+    assert [step.retries for step in t.steps] == [1, 0] and t.corrections == 1
+    assert t.discarded == len(" it.\n```python\nprint(x)\n```")
+    assert t.num_sampled + t.discarded == len(server.sent)
+
+
 @pytest.mark.parametrize("problem", ["down", "model", "broken"])
 def test_script_reports_server_errors_in_one_line(server, tmp_path, problem):
     server.answer = lambda body, reply: 400

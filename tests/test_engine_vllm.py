@@ -20,10 +20,10 @@ import torch
 from conftest import byte_tokenizer, complete, interrupt, tiny_llama
 
 import run_rl
-import thor.rollout
 from thor.data import load_problems
 from thor.demo import ModelError, demo_model, few_shot_actor
 from thor.engines import HFEngine, HTTPEngine, Request, ServerError, VLLMEngine, vllm
+from thor.prompts import Prompt
 from thor.rollout import Sampling, solve
 from thor.text import FenceParser, TextStream, decode, encode
 from thor.training.model import load_model
@@ -482,7 +482,7 @@ def other(request, folder):
     return HTTPEngine(request.getfixturevalue("url"), rows=16)
 
 
-def few_shot_prompt(tokenizer, question: str) -> list[int]:
+def few_shot_prompt(prompt, tokenizer, question: str) -> list[int]:
     """A prompt for which the untrained model writes code blocks too."""
     return encode(tokenizer, few_shot_actor(question) + f"Question: {question}\n")
 
@@ -490,7 +490,7 @@ def few_shot_prompt(tokenizer, question: str) -> list[int]:
 @pytest.fixture(scope="module", autouse=True)
 def writes_code():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thor.rollout, "render_prompt", few_shot_prompt)
+        patch.setattr(Prompt, "render", few_shot_prompt)
         yield
 
 
@@ -533,8 +533,9 @@ def test_greedy_trajectories_match_hfengine(demo, other, executor, reference):
 def test_sampled_trajectories_match_the_trainers_logps(demo, other, executor):
     model, _ = demo
     sampling = Sampling(max_tokens=100, temperature=0.7, max_rounds=3, seed=2)
-    trajectories = solve(other, executor, load_problems("synthetic", limit=5), sampling)
-    assert sum(len(t.results) for t in trajectories) >= 3
+    options = {"self_correct": 2, "suffix_tokens": 10}
+    trajectories = solve(other, executor, load_problems("synthetic", limit=5), sampling, **options)
+    assert sum(len(t.results) for t in trajectories) >= 3 and sum(t.corrections for t in trajectories) >= 1
     scored = [[len(t.prompt_ids) + i for i, m in enumerate(t.action_mask) if m] for t in trajectories]
     sampled = [lp for t in trajectories for lp, m in zip(t.logp_sampler, t.action_mask, strict=True) if m]
     with torch.no_grad():

@@ -8,11 +8,10 @@ import torch
 from test_engine import assert_greedy, complete
 from transformers import AutoModelForCausalLM
 
-import thor.rollout
 from thor.data import load_problems
 from thor.demo import ModelError, demo_model, few_shot_actor
 from thor.engines import HFEngine, Request
-from thor.prompts import render_prompt
+from thor.prompts import PROMPTS, Prompt
 from thor.rollout import Sampling, solve
 from thor.text import encode
 from thor.training.model import load_model
@@ -44,7 +43,7 @@ def test_batched_greedy_decoding_matches_generate(folder):
     prompts = []
     for i, problem in enumerate(problems):  # short and long, some with a shared prefix
         shared = encode(tokenizer, few_shot_actor(problem.question)) if i % 4 == 0 else []
-        prompts.append((shared + render_prompt(tokenizer, problem.question)[i % 4 * 5 :], len(shared)))
+        prompts.append((shared + PROMPTS["tool"].render(tokenizer, problem.question)[i % 4 * 5 :], len(shared)))
     engine = HFEngine(model, tokenizer, max_rows=12)
     eos, engine.eos = engine.eos, set()  # as in the reference: no EOS before COUNT tokens
     done = complete(engine, [Request(str(i), p, COUNT, temperature=0, shared=s) for i, (p, s) in enumerate(prompts)])
@@ -67,11 +66,11 @@ def test_batched_greedy_decoding_matches_generate(folder):
 def test_sampler_and_trainer_logps_agree_on_multi_round_trajectories(folder, executor, monkeypatch, temperature):
     model, tokenizer = load_model(str(folder), "cpu")
 
-    def few_shot_prompt(tokenizer, question: str) -> list[int]:
+    def few_shot_prompt(prompt, tokenizer, question: str) -> list[int]:
         """Return a prompt with which even the untrained model writes several code blocks."""
         return encode(tokenizer, few_shot_actor(question) + f"Question: {question}\n")
 
-    monkeypatch.setattr(thor.rollout, "render_prompt", few_shot_prompt)
+    monkeypatch.setattr(Prompt, "render", few_shot_prompt)
     problems = load_problems("synthetic", limit=8)
     sampling = Sampling(max_tokens=240, temperature=temperature, max_rounds=3, seed=1)
     trajectories = solve(HFEngine(model, tokenizer), executor, problems, sampling)

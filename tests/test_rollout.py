@@ -10,7 +10,7 @@ from conftest import ScriptedEngine, ScriptedExecutor, passes_unless_bad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thor.prompts import observation_text, render_prompt
+from thor.prompts import NO_ROUNDS, PROMPTS, observation_text
 from thor.rollout import INFRA_TRIES, Sampling, drive, regenerate_step, solve, split_think
 from thor.run_folder import to_line
 from thor.settings import derive_seed
@@ -145,11 +145,38 @@ def test_block_cut_by_the_token_limit_is_not_run(tokenizer):
     assert executor.codes == [] and cut.finish == "length" and cut.steps[-1].code is None
 
 
-def test_rounds_are_limited(tokenizer):
-    trajectory, _, executor = solve_scripted(
-        tokenizer, turns("```python\nprint(1)\n```"), Sampling(max_tokens=900, max_rounds=2)
-    )
-    assert trajectory.finish == "rounds" and len(executor.codes) == 2 and len(trajectory.steps) == 3
+BLOCK = "```python\nprint(1)\n```"
+
+
+@pytest.mark.parametrize("max_rounds", [0, 1, 2])
+def test_model_may_answer_when_no_round_is_left(tokenizer, max_rounds):
+    replies = turns(*[BLOCK] * (max_rounds + 1), "then \\boxed{4}")
+    limits = Sampling(max_tokens=900, max_rounds=max_rounds)
+    trajectory, _, executor = solve_scripted(tokenizer, replies, limits)
+    assert trajectory.finish == "stop" and trajectory.reward == 1.0
+    assert len(executor.codes) == len(trajectory.results) == max_rounds
+    *_, refused, answer = trajectory.steps
+    assert (refused.code, refused.result, refused.failed) == (None, None, False)
+    notice = decode(tokenizer, trajectory.token_ids[refused.observe_start : refused.end])
+    assert notice == f"\n```output\n{NO_ROUNDS}\n```\n"
+    assert not any(trajectory.action_mask[refused.observe_start : refused.end])
+    assert NO_ROUNDS not in trajectory.text(tokenizer, policy_only=True)
+    assert answer.observe_start == answer.end == len(trajectory)
+
+
+@pytest.mark.parametrize("max_rounds", [0, 1, 2])
+@pytest.mark.parametrize("self_correct", [0, 3])
+def test_code_after_the_notice_ends_the_trajectory(tokenizer, max_rounds, self_correct):
+    limits = Sampling(max_tokens=9000, max_rounds=max_rounds)
+    trajectory, engine, executor = solve_scripted(tokenizer, turns(BLOCK), limits, self_correct=self_correct)
+    assert trajectory.finish == "rounds" and trajectory.reward == 0.0
+    assert len(executor.codes) == max_rounds and len(engine.requests) == len(trajectory.steps) == max_rounds + 2
+    assert trajectory.text(tokenizer).count(NO_ROUNDS) == 1 and trajectory.text(tokenizer).endswith(BLOCK)
+
+
+def test_rounds_are_limited_to_three_by_default(tokenizer):
+    trajectory, _, executor = solve_scripted(tokenizer, turns(BLOCK))
+    assert len(executor.codes) == 3 and trajectory.finish == "rounds"
 
 
 def test_stop_on_failure_ends_the_trajectory_at_the_failed_block(tokenizer):
@@ -158,7 +185,7 @@ def test_stop_on_failure_ends_the_trajectory_at_the_failed_block(tokenizer):
 
 
 def test_context_length_of_the_model_ends_a_trajectory(tokenizer):
-    prompt = len(render_prompt(tokenizer, PROBLEM.question))
+    prompt = len(PROMPTS["tool"].render(tokenizer, PROBLEM.question))
     for context, sampled in ((prompt + 5, 5), (prompt, 0), (3, 0)):
         engine = ScriptedEngine(tokenizer, turns("a long answer"), context=context)
         [trajectory] = solve(engine, ScriptedExecutor(passes_unless_bad), [PROBLEM], ROOMY)
@@ -198,6 +225,77 @@ def test_trajectory_continues_when_self_corrections_are_used_up(tokenizer):
     assert [s.failed for s in trajectory.steps] == [True, False] and trajectory.finish == "stop"
 
 
+def test_each_step_has_all_tries_and_corrections_cost_no_round(tokenizer):
+    """Two steps with two failures each, and then no round is left."""
+    bad = "```python\nbad\n```"
+    replies = turns("one\n" + bad, bad, BLOCK, "two\n" + bad, bad, BLOCK, BLOCK, "end")
+    limits = Sampling(max_tokens=9000, max_rounds=2)
+    trajectory, _, executor = solve_scripted(tokenizer, replies, limits, self_correct=2, suffix_tokens=0)
+    assert executor.codes == ["bad\n", "bad\n", "print(1)\n"] * 2
+    assert [step.retries for step in trajectory.steps] == [2, 2, 0, 0] and trajectory.corrections == 4
+    assert [result.passed for result in trajectory.results] == [True, True] and trajectory.finish == "stop"
+
+
+steps_of_tries = st.lists(
+    st.tuples(st.lists(thoughts, max_size=4), thoughts), max_size=4
+)  # per step: the thoughts of failed tries and of the one that passes
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps_of_tries, st.integers(0, 4), st.integers(0, 9), st.sampled_from([2000, 300, 60]))
+def test_self_correction_counts_every_token(tokenizer, steps, self_correct, suffix, max_tokens):
+    texts = []
+    for failed, passed in steps:
+        texts += [f"{think}\n```python\nbad\n```" for think in failed]
+        texts.append(f"{passed}\n```python\nprint(1)\n```")
+    limits = Sampling(max_tokens=max_tokens, max_rounds=99)
+    options = {"self_correct": self_correct, "suffix_tokens": suffix}
+    trajectory, engine, executor = solve_scripted(tokenizer, turns(*texts, "end"), limits, **options)
+
+    sampled = sum(len(completion.token_ids) for completion in engine.completions)
+    assert trajectory.num_sampled + trajectory.discarded == sampled
+    assert trajectory.corrections == len(executor.codes) - len(trajectory.results)
+    assert all(step.retries <= self_correct for step in trajectory.steps)
+    assert all(step.retries == self_correct for step in trajectory.steps if step.failed)
+    # each request continues the one before it, or starts from a part of it
+    kept = list(trajectory.prompt_ids)
+    for request, completion in zip(engine.requests, engine.completions, strict=True):
+        assert request.token_ids[: len(trajectory.prompt_ids)] == trajectory.prompt_ids
+        common = min(len(kept), len(request.token_ids))
+        assert request.token_ids[:common] == kept[:common]
+        kept = request.token_ids + completion.token_ids
+        assert request.max_tokens == max_tokens - len(request.token_ids) + len(trajectory.prompt_ids)
+    assert trajectory.all_token_ids[: len(kept)] == kept[: len(trajectory.all_token_ids)]
+    seeds = [request.seed for request in engine.requests]
+    assert len(set(seeds)) == len(seeds)
+
+
+def sampled_from(request):
+    """All that determines what an engine samples for a request."""
+    return dataclasses.replace(request, stop=None)
+
+
+def test_without_corrections_it_is_plain_inference(tokenizer):
+    replies = turns("a\n```python\nprint(1)\n```", "b\n```python\nbad\n```", BLOCK, "end")
+    plain, engine, _ = solve_scripted(tokenizer, replies)
+    off, engine_off, _ = solve_scripted(tokenizer, replies, self_correct=0, suffix_tokens=7)
+    assert off == plain and list(map(sampled_from, engine_off.requests)) == list(map(sampled_from, engine.requests))
+    on, engine_on, _ = solve_scripted(tokenizer, replies, self_correct=1)
+    assert on.corrections == 1  # and the requests are the same until the first failure
+    assert list(map(sampled_from, engine_on.requests[:2])) == list(map(sampled_from, engine.requests[:2]))
+
+
+def test_correction_without_room_for_a_new_block(tokenizer):
+    first = "abcdefghij\n```python\nbad\n```"
+    limits = Sampling(max_tokens=len(first))
+    cut, _, _ = solve_scripted(tokenizer, turns(first, "x" * 99), limits, self_correct=1, suffix_tokens=3)
+    assert cut.finish == "length" and cut.text(tokenizer) == "abcdefgh" + "x" * (len(first) - 8)
+    # each try ends at the limit, so that nothing is left to sample but the observation of the last one
+    engine = ScriptedEngine(tokenizer, turns(first, "\n```python\nbad\n```" + "\n" * 9), context=10**6)
+    spent, _, executor = solve_scripted(tokenizer, engine.reply, limits, self_correct=1, suffix_tokens=3)
+    assert spent.finish == "length" and len(executor.codes) == 2 and spent.steps[-1].failed
+
+
 def test_fence_within_a_line_after_backtracking_opens_no_block(tokenizer):
     replies = turns("abc\n```python\nbad\n```", "```python\nprint(1)\n```\nno block", "end")
     trajectory, _, executor = solve_scripted(tokenizer, replies, self_correct=1, suffix_tokens=2)
@@ -212,6 +310,27 @@ def test_infra_is_retried_and_then_reported(tokenizer):
     results = iter([ExecResult("infra"), ExecResult("ok", "1")])
     trajectory, _, _ = solve_scripted(tokenizer, turns("```python\n1\n```", "end"), judge=lambda code: next(results))
     assert trajectory.finish == "stop" and trajectory.steps[0].result.passed
+
+
+# ---- plain reasoning ------------------------------------------------------------------------------------------------
+
+
+def test_prompt_without_tools_runs_no_code(tokenizer):
+    heard = []
+    text = f"so\n{BLOCK}\nand \\boxed{{4}}"
+    options = {"prompt": PROMPTS["plain"], "listener": lambda kind, piece: heard.append((kind, piece))}
+    trajectory, engine, executor = solve_scripted(tokenizer, turns(text), **options)
+    assert trajectory.text(tokenizer) == text and trajectory.finish == "stop" and trajectory.reward == 1.0
+    assert executor.codes == [] and len(engine.requests) == 1
+    [step] = trajectory.steps
+    assert (step.act_start, step.observe_start, step.code) == (len(trajectory), len(trajectory), None)
+    assert {kind for kind, _ in heard} == {"text"} and "".join(piece for _, piece in heard) == text
+    assert trajectory.prompt_ids == PROMPTS["plain"].render(tokenizer, PROBLEM.question)
+
+
+def test_default_prompt_is_that_of_the_tool(tokenizer):
+    trajectory, _, _ = solve_scripted(tokenizer, turns("x"))
+    assert trajectory.prompt_ids == PROMPTS["tool"].render(tokenizer, PROBLEM.question)
 
 
 # ---- step regeneration ----------------------------------------------------------------------------------------------

@@ -125,11 +125,6 @@ def load_prompt(name_or_file: str | Path) -> Prompt:
     return prompt
 
 
-def render_prompt(tokenizer, question: str) -> list[int]:
-    """Return the token ids of the default prompt."""
-    return PROMPTS["tool"].render(tokenizer, question)
-
-
 def render_chat(tokenizer, user: str, system: str = "") -> list[int]:
     """Return the token ids of a chat up to the point where the assistant's reply begins."""
     return Prompt(system).render(tokenizer, user)
@@ -138,6 +133,9 @@ def render_chat(tokenizer, user: str, system: str = "") -> list[int]:
 def observation_text(output: str, before: str) -> str:
     """Return the fenced block that shows tool output to the model; `before` is the text that it is appended to."""
     return ("" if before.endswith("\n") else "\n") + f"```output\n{output}\n```\n"
+
+
+NO_ROUNDS = "Not run: no tool calls are left. Answer without code."  # instead of the output of a further block
 
 
 def tir_step(logic: str, code: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from thor.attention import common_prefix
 from thor.engines import Completion, Engine, Request
-from thor.prompts import observation_text, render_prompt
+from thor.prompts import NO_ROUNDS, PROMPTS, Prompt, observation_text
 from thor.sandbox import Executor
 from thor.settings import derive_seed
 from thor.text import FenceParser, TextStream, encode
@@ -158,17 +158,18 @@ class Turn(FenceParser):
     """Stop rule of one turn of the policy, which also passes the text to a listener as it arrives.
 
     before: text of the step so far (r_pre). Without it, a fence might seem to start a line.
+    tools: whether a closed block ends the turn.
     """
 
-    def __init__(self, before: str = "", listener: Listener | None = None) -> None:
+    def __init__(self, before: str = "", listener: Listener | None = None, tools: bool = True) -> None:
         super().__init__()
         super().feed(before)
-        self.listener = listener
+        self.listener, self.tools = listener, tools
 
     def feed(self, piece: str) -> bool:
         if self.listener and piece:
             self.listener("text", piece)
-        return super().feed(piece)
+        return self.tools and super().feed(piece)
 
 
 def parse_step(tokenizer, token_ids: list[int], before: Sequence[int] = ()) -> tuple[int, FenceParser]:
@@ -190,6 +191,7 @@ class TurnSampler:
     """Samples the turns of one trajectory.
 
     name: its name, unique in the engine. shared: number of leading tokens that other trajectories have too.
+    tools: see `Turn`.
     """
 
     engine: Engine
@@ -197,19 +199,22 @@ class TurnSampler:
     sampling: Sampling
     shared: int
     listener: Listener | None = None
+    tools: bool = True
 
     def turn(self, context: list[int], r_pre: list[int], room: int, seed: int) -> Task:
         """Continue `context` and the start `r_pre` of a thought until a block closes, EOS, or `room` tokens.
 
-        Returns (completion, index of the block's first token in r_pre + sampled tokens, parser of that text).
+        Returns (completion, index of the block's first token in r_pre + sampled tokens, parser of that text). Without
+        tools, no block is found.
         """
         tokenizer, s = self.engine.tokenizer, self.sampling
         stream = TextStream(tokenizer, context)
-        stop = Turn("".join(map(stream.push, r_pre)), self.listener)
+        stop = Turn("".join(map(stream.push, r_pre)), self.listener, self.tools)
         ids = context + r_pre
         completion = yield Request(self.name, ids, room, s.temperature, s.top_p, s.top_k, seed, stop, self.shared)
-        act, parser = parse_step(tokenizer, r_pre + completion.token_ids, context)
-        return completion, act, parser
+        if not self.tools:
+            return completion, len(r_pre) + len(completion.token_ids), FenceParser()
+        return completion, *parse_step(tokenizer, r_pre + completion.token_ids, context)
 
 
 def split_think(step: Step, suffix_tokens: int) -> int:
@@ -227,47 +232,49 @@ def think_act_observe(
     engine, sampling, listener = sampler.engine, sampler.sampling, sampler.listener
     rounds = tries = 0
     while not trajectory.finish:
-        used = len(trajectory.prompt_ids) + len(trajectory)
-        room = min(sampling.max_tokens - len(trajectory), engine.context - used)
+        start, end = trajectory.steps[-1].end if trajectory.steps else 0, len(trajectory)
+        room = min(sampling.max_tokens - end, engine.context - len(trajectory.prompt_ids) - end)
         if room <= 0:
             trajectory.finish = "length"
+            if tries:  # backtracked: the kept part of the thought is the last step
+                trajectory.steps.append(Step(start, end, end, end, retries=tries))
             break
-        start = trajectory.steps[-1].end if trajectory.steps else 0
         context, r_pre = trajectory.prompt_ids + trajectory.token_ids[:start], trajectory.token_ids[start:]
-        seed = derive_seed(sampling.seed, sampler.name, len(trajectory), trajectory.corrections)
+        seed = derive_seed(sampling.seed, sampler.name, end, trajectory.corrections)
         completion, act, parser = yield from sampler.turn(context, r_pre, room, seed)
         trajectory.append_sampled(completion.token_ids, completion.logps)
         end = len(trajectory)
-        trajectory.steps.append(Step(start, start + act, end, end))
+        step = Step(start, start + act, end, end, retries=tries)
+        trajectory.steps.append(step)
         if not parser.closed:
             trajectory.finish = "stop" if completion.finish == "eos" else "length"
             break
-        if rounds == sampling.max_rounds:
+        if rounds > sampling.max_rounds:  # the model already knows that no round is left
             trajectory.finish = "rounds"
             break
-        result = yield parser.code
-        if result.status == "infra":
-            trajectory.finish = "infra"
-            break
-        text = observation_text(result.observation(sampling.observation_limit), parser.text)
-        if not result.passed and tries < self_correct:
-            # backtrack to r_pre and sample the suffix of the thought and the block again; this costs no round
-            tries += 1
-            trajectory.cut(split_think(trajectory.steps.pop(), suffix_tokens))
-            if listener:
-                listener("correction", text)
-            continue
+        output = NO_ROUNDS
+        if rounds < sampling.max_rounds:
+            result = yield parser.code
+            if result.status == "infra":
+                trajectory.finish = "infra"
+                break
+            output = result.observation(sampling.observation_limit)
+            if not result.passed and tries < self_correct:
+                # backtrack to r_pre and sample the suffix of the thought and the block again; this costs no round
+                tries += 1
+                trajectory.cut(split_think(trajectory.steps.pop(), suffix_tokens))
+                if listener:
+                    listener("correction", observation_text(output, parser.text))
+                continue
+            step.code, step.result = parser.code, result
+        text = observation_text(output, parser.text)
         trajectory.append_observation(encode(engine.tokenizer, text))
-        step = trajectory.steps[-1]
-        step.code, step.result, step.end = parser.code, result, len(trajectory)
+        step.end = len(trajectory)
         rounds, tries = rounds + 1, 0
         if listener:
             listener("output", text)
-        if stop_on_failure and not result.passed:
+        if stop_on_failure and step.failed:
             trajectory.finish = "failed_code"
-    if not trajectory.steps or trajectory.steps[-1].end < len(trajectory):  # backtracked, and then no room was left
-        start = trajectory.steps[-1].end if trajectory.steps else 0
-        trajectory.steps.append(Step(start, len(trajectory), len(trajectory), len(trajectory)))
     trajectory.check()
     return trajectory
 
@@ -278,6 +285,7 @@ def solve(
     problems: list[Problem],
     sampling: Sampling,
     *,
+    prompt: Prompt = PROMPTS["tool"],
     self_correct: int = 0,
     suffix_tokens: int = 100,
     stop_on_failure: bool = False,
@@ -288,9 +296,10 @@ def solve(
 ) -> list[Trajectory]:
     """Sample one trajectory for each entry of `problems`, in their order. Repeat an entry G times for a group.
 
+    prompt: how a question becomes a prompt. If prompt.tools is false, no code is run (plain reasoning).
     self_correct: tries per step. When a block fails and tries remain, backtrack to r_pre (the thought without its last
     `suffix_tokens` tokens) and sample again from there. When they are used up, the failed output stays and the model
-    continues. The trajectory counts corrections and discarded tokens.
+    continues. Each step counts its retries, the trajectory all of them and the sampled tokens that they discarded.
     stop_on_failure: a failed block (after all tries) ends the trajectory with finish 'failed_code'.
     grade(trajectory, tokenizer) computes the reward, in another thread. It must be thread-safe.
     done(index, trajectory) is called once a trajectory has its reward. deterministic: see `drive`.
@@ -302,7 +311,7 @@ def solve(
         if trajectory.finish != "infra":
             trajectory.reward = grade(trajectory, engine.tokenizer)
 
-    prompts = {problem.question: render_prompt(engine.tokenizer, problem.question) for problem in problems}
+    prompts = {problem.question: prompt.render(engine.tokenizer, problem.question) for problem in problems}
     preamble = common_prefix(min(prompts.values()), max(prompts.values())) if len(prompts) > 1 else 0
     groups = Counter(problem.id for problem in problems)
     seen: Counter[str] = Counter()
@@ -312,7 +321,7 @@ def solve(
         seen[problem.id] += 1
         prompt_ids = prompts[problem.question]
         shared = len(prompt_ids) - 1 if groups[problem.id] > 1 else preamble
-        sampler = TurnSampler(engine, name, sampling, shared, listener)
+        sampler = TurnSampler(engine, name, sampling, shared, listener, prompt.tools)
         trajectory = Trajectory(problem, prompt_ids)
         tasks.append(think_act_observe(sampler, trajectory, self_correct, suffix_tokens, stop_on_failure))
     return drive(tasks, engine, executor, done, set_reward, deterministic=deterministic)

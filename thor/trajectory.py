@@ -69,6 +69,7 @@ class Step:
     think [think_start, act_start)   act [act_start, observe_start)   observe [observe_start, end)
     Without a closed block (the last step) act_start == observe_start == end. A block that was not run, because no
     round was left or the sandbox failed, has neither code nor result.
+    retries: how often self-correction sampled the step again.
     """
 
     think_start: int
@@ -77,6 +78,7 @@ class Step:
     end: int
     code: str | None = None
     result: ExecResult | None = None
+    retries: int = 0
 
     @property
     def failed(self) -> bool:
@@ -87,8 +89,8 @@ class Step:
 class Trajectory:
     """The token ledger of one response.
 
-    finish: '' while sampling | 'stop' (EOS) | 'length' | 'rounds' (no round left) | 'failed_code' | 'infra' (the
-    sandbox failed; drop the trajectory, never score it).
+    finish: '' while sampling | 'stop' (EOS) | 'length' | 'rounds' (the model wrote code again after it had read that
+    no round is left) | 'failed_code' | 'infra' (the sandbox failed; drop the trajectory, never score it).
     """
 
     problem: Problem
@@ -136,6 +138,7 @@ class Trajectory:
             assert not any(self.action_mask[step.observe_start : step.end]), "an observation has no sampled tokens"
             assert (step.code is None) == (step.result is None)
             at = step.end
+        assert self.corrections == sum(step.retries for step in self.steps)
         assert at == len(self), "the steps cover the response without gaps"
         assert all(m or lp == 0.0 for m, lp in zip(self.action_mask, self.logp_sampler, strict=True))
 
