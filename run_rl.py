@@ -15,7 +15,7 @@ One iteration, with policy pi_theta (paper, section 3.2):
     A'_j        = the same normalisation of R'                         on suffix and block only (see regenerate_step)
     ratio       = exp(logp - logp_old)
     l           = -min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A),  at most -c A where A < 0  (dual clip),
-                times the importance weight min(exp(logp_old - logp_sampler), is_cap)
+                times the importance weight min(exp(logp_old - logp_sampler), is_cap) of the token or sequence
     L           = mean_trajectory_tokens(l) + step_coef mean_step_tokens(l) + nll_coef mean_{A > 0, both levels}(-logp)
 
 With --estimator ppo, A comes from GAE on a value head, token by token, and value_coef times a value loss is added to l.
@@ -93,6 +93,9 @@ class Settings(TrainSettings):
     clip_high: float = setting(0.28, "eps_high: the ratio is clipped above 1 + eps_high", "objective")
     dual_clip: float = setting(3.0, "c: where A < 0 the loss is at most -c A", "objective")
     is_cap: float = setting(2.0, "cap of the importance weight exp(logp_old - logp_sampler)", "objective")
+    is_level: Literal["token", "sequence"] = setting(
+        "token", "scope of that weight; of a sequence, the product", "objective"
+    )
     kl_coef: float = setting(0.0, "weight of the KL to the initial model, k3 estimate (paper: 0)", "objective")
     entropy_coef: float = setting(0.0, "weight of an entropy bonus (paper: 0)", "objective")
     improper: Literal["zero", "drop", "mask"] = setting(
@@ -227,7 +230,10 @@ def hierarchical_loss(batch: Batch, scores: Scores, settings: Settings) -> tuple
     token_loss, clip = policy_loss(logp, logp_old, advantage, *clips)
     unknown = batch.logp_sampler.isnan()  # the engine reported no log-prob: weight 1
     gap = (logp_old - batch.logp_sampler).masked_fill(unknown, 0.0)
-    token_loss = token_loss * torch.exp(gap).clamp(max=settings.is_cap)
+    weight = torch.exp(gap)
+    if settings.is_level == "sequence":
+        weight = torch.cat([torch.exp(part.sum()).expand(len(part)) for part in gap.split(batch.lengths)])
+    token_loss = token_loss * weight.clamp(max=settings.is_cap)
     info = {}
     if settings.kl_coef:
         token_loss = token_loss + settings.kl_coef * (torch.exp(batch.logp_ref - logp) - 1 - (batch.logp_ref - logp))

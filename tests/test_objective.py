@@ -220,7 +220,7 @@ def test_clip_and_dual_clip_by_hand():
 
 
 def batch_of(logp, logp_sampler, advantage, is_step, counts: Counts, **more) -> Batch:
-    return Batch(counts, advantage, is_step, logp_sampler, logp_old=logp.clone(), **more)
+    return Batch(counts, [len(logp)], advantage, is_step, logp_sampler, logp_old=logp.clone(), **more)
 
 
 def test_denominators_of_both_levels_and_nll_by_hand():
@@ -256,6 +256,15 @@ def test_importance_weight_is_capped_and_1_if_unknown():
     # k3: exp(d) - 1 - d with d = logp_sampler - logp_old
     d = [-math.log(4), math.log(2)]
     assert info["mismatch_kl"] == pytest.approx(sum(math.exp(x) - 1 - x for x in d), abs=1e-5)
+
+
+def test_sequence_weight_is_the_capped_product_of_the_token_weights():
+    logp = torch.full((5,), -1.0)
+    sampler = logp - torch.tensor([3.0, 0.5, 0.25, 2.0, 4.0]).log()  # products 3/2, 1/4 and 8, capped at 2
+    batch = batch_of(logp, sampler, -torch.ones(5), torch.zeros(5, dtype=torch.bool), Counts(5, 0, 0))
+    batch = replace(batch, lengths=[2, 1, 0, 2])
+    loss, _ = hierarchical_loss(batch, Scores(logp, torch.zeros(5)), Settings(is_level="sequence", is_cap=2.0))
+    assert loss.item() == pytest.approx((1.5 + 1.5 + 0.25 + 2 + 2) / 5, abs=1e-6)
 
 
 def test_mismatch_kl_stays_finite_for_log_probs_that_are_far_apart():

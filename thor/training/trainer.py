@@ -114,10 +114,12 @@ class Counts:
 class Batch:
     """What the loss needs besides the scores of a micro-batch: tensors [N], and the counts of the optimizer batch.
 
-    logp_sampler is NaN where the engine reported none. The last four are None if the samples lack them.
+    lengths: action tokens of each sample. logp_sampler is NaN where the engine reported none. The last four are None if
+    the samples lack them.
     """
 
     counts: Counts
+    lengths: list[int]
     advantage: torch.Tensor
     is_step: torch.Tensor
     logp_sampler: torch.Tensor
@@ -136,6 +138,7 @@ def collate(samples: list[Sample], counts: Counts, device: torch.device | str = 
     known = {name for name in OPTIONAL if all(getattr(s, name) is not None for s in samples)}
     return Batch(
         counts,
+        [s.trajectory.num_sampled for s in samples],
         join([s.token_advantages for s in samples]),
         join([torch.full((s.trajectory.num_sampled,), s.level == "step") for s in samples]).bool(),
         join([torch.tensor(s.trajectory.action_logps) for s in samples]),
