@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ScriptedEngine, byte_tokenizer, tiny_llama
+from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer, tiny_llama
 from test_learning import BAD, GOOD, RIGHT, SETTINGS, WRONG, cold_start
 from tqdm import tqdm
 
 import run_rl
 import run_sft
-from run_rl import hierarchical_loss, sample_trajectories, train
+from run_rl import hierarchical_loss, sample_steps, sample_trajectories, train
 from thor.attention import use_layout_attention
 from thor.engines import HFEngine
 from thor.prompts import Prompt
@@ -79,13 +79,18 @@ def run(tmp_path) -> Run:
 
 
 def test_configs_of_the_paper_have_its_settings():
-    for name, tokens in (("paper-7b.yaml", 3200), ("paper-8b.yaml", 19200)):
-        settings = parse_settings(run_rl.Settings, "", ["--config", str(ROOT / "docs" / name)])
+    for name, tokens in (("qwen2.5-7b.yaml", 3200), ("qwen3-8b.yaml", 19200)):
+        settings = parse_settings(run_rl.Settings, "", ["--config", str(ROOT / "docs/configs" / f"rl-{name}")])
         assert (settings.prompts, settings.group, settings.lr, settings.temperature) == (128, 16, 1e-6, 1.0)
         assert (settings.max_tokens, settings.max_rounds, settings.suffix_tokens) == (tokens, 5, 100)
         assert settings.gradient_checkpointing and settings.tree and settings.estimator == "grpo"
+        assert (settings.improper, settings.failed_code, settings.step_problems) == ("drop", "drop", "all")
+        assert settings.pass_rate_range == "0,1" and settings.step_mean == "joint"
         longest = -(-(800 + tokens) // 64) * 64  # tokens of a cache row, prompt included
         assert settings.kv_tokens - settings.kv_tokens // 4 >= settings.rows * longest  # see the comment in the file
+        sft = parse_settings(run_sft.Settings, "", ["--config", str(ROOT / "docs/configs" / f"sft-{name}")])
+        assert (sft.lr, sft.batch, sft.epochs, sft.warmup, sft.max_length) == (2e-6, 128, 3, 0.05, 20000)
+        assert (sft.max_tokens, sft.lr_schedule) == (tokens, "constant")
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
@@ -355,6 +360,44 @@ def test_second_draw_replaces_groups_without_a_signal(tokenizer, executor):
     assert counts["sampled"] == len(everything) == counts["kept"] == 5 * settings.group
     learned = {sample.trajectory.problem.id for sample in samples}
     assert learned == {order[1], order[3], order[4]} and len(samples) == 3 * settings.group
+
+
+def scripted_step_level(tokenizer, settings, iteration: int = 0):
+    """Sample the step level of three problems; each has two trajectories with two failed steps.
+
+    Problem 0 has a right answer. Returns (samples, counts, engine).
+    """
+    sampling, trajectories = Sampling(max_tokens=2000), []
+    for i in range(3):
+        replies = ["bad\n```python\nx\n```", "bad\n```python\nx\n```", RIGHT if i == 0 else WRONG]
+        engine = ScriptedEngine(tokenizer, lambda request, turn, replies=replies: replies[turn])
+        failing = ScriptedExecutor(lambda code: ExecResult("error", error="E"))
+        problem = Problem(str(i), "q", "4")
+        trajectories += solve(engine, failing, [problem] * 2, sampling, deterministic=True)
+    settings = replace(settings, max_tokens=2000)
+    engine = ScriptedEngine(tokenizer, lambda request, turn: "ok\n```python\nx\n```")
+    rng = random.Random(0)
+    tools = ScriptedExecutor(lambda code: rng.choice([ExecResult("ok", "1"), ExecResult("error", error="E")]))
+    return *sample_steps(engine, tools, trajectories, iteration, settings), engine
+
+
+def test_step_level_regenerates_at_most_p_failed_steps_g_times(tokenizer):
+    settings = replace(SETTINGS, prompts=5, group=6, step_problems="all")
+    samples, counts, engine = scripted_step_level(tokenizer, settings)
+    assert counts["step_prompts"] == 5 and len(engine.requests) == 5 * 6 and counts["step_samples"] == 5 * 6
+    assert len({tuple(request.token_ids) for request in engine.requests}) <= 5
+    assert len({request.seed for request in engine.requests}) == 5 * 6
+    assert len(samples) == 6 * counts["step_groups_kept"] and {sample.level for sample in samples} == {"step"}
+    assert 0 < counts["step_passed"] < counts["step_samples"]
+    _, _, later = scripted_step_level(tokenizer, settings, iteration=1)
+    assert {r.seed for r in later.requests}.isdisjoint(r.seed for r in engine.requests)
+
+
+def test_step_level_uses_only_problems_with_a_right_answer_unless_told_otherwise(tokenizer):
+    _, counts, _ = scripted_step_level(tokenizer, replace(SETTINGS, prompts=99))
+    assert counts["step_prompts"] == 4  # of problem 0: two trajectories with two failed steps
+    _, counts, _ = scripted_step_level(tokenizer, replace(SETTINGS, prompts=99, step_problems="all"))
+    assert counts["step_prompts"] == 12
 
 
 @pytest.mark.parametrize(("updates", "extra"), [(1, 0), (2, 1)])
