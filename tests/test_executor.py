@@ -156,6 +156,12 @@ def test_server_process_loads_only_its_own_modules():
     assert loaded.stdout.split() == ["thor", *("thor.sandbox" + module for module in modules)]
 
 
+def test_executor_needs_only_the_standard_library():
+    code = "from thor.sandbox import Executor\nwith Executor(workers=1) as ex: print(ex.run(['print(1)'])[0].stdout)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "1", done.stderr
+
+
 @pytest.mark.parametrize("name", ["thor", "thor.trajectory", "thor.sandbox.executor", "thor.sandbox.server"])
 def test_snippets_cannot_import_thor(ex, name):
     assert one(ex, f"import {name}").error == "ModuleNotFoundError: No module named 'thor' (line 1)"

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
-
 FENCE = "```"
 OPENING = re.compile(r"```[^\S\n]*(?:python3?|py)(?:[^\S\n][^`\n]*)?", re.IGNORECASE)
 NOT_BLANK = re.compile(r"\S")
@@ -208,7 +206,7 @@ def encode(tokenizer, text: str, added_tokens: bool = False) -> list[int]:
         split = backend is not None or not added_tokens
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split)
     else:
-        plain = Tokenizer(backend.model)  # shares the model, but has no added tokens
+        plain = type(backend)(backend.model)  # shares the model, but has no added tokens
         plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
         ids = plain.encode(text, add_special_tokens=False).ids
     control = special_ids(tokenizer) if added_tokens else control_ids(tokenizer)
