@@ -42,6 +42,7 @@ from tqdm import tqdm
 from thor.data import load_problems
 from thor.distributed import cpu_workers, gather, rank, start_ranks, world_size
 from thor.engines import HFEngine, VLLMEngine, is_reproducible
+from thor.prompts import PROMPTS, Prompt
 from thor.rollout import Sampling, drive, regenerate_step, solve
 from thor.run_folder import Run, spread
 from thor.sandbox import Executor
@@ -98,9 +99,7 @@ class Settings(TrainSettings):
     )
     kl_coef: float = setting(0.0, "weight of the KL to the initial model, k3 estimate (paper: 0)", "objective")
     entropy_coef: float = setting(0.0, "weight of an entropy bonus (paper: 0)", "objective")
-    improper: Literal["zero", "drop", "mask"] = setting(
-        "zero", "improper responses: reward 0, dropped (paper), or reward 0 only in the group's mean", "objective"
-    )
+    improper: Literal["zero", "drop"] = setting("zero", "improper responses: reward 0, or dropped (paper)", "objective")
     failed_code: Literal["continue", "drop"] = setting(
         "continue", "after a block that fails, continue, or end and drop the trajectory (paper)", "objective"
     )
@@ -133,10 +132,6 @@ IMPROPER = ("unfinished", "short", "no_box")
 REJECTED = ("infra", "failed_code", *IMPROPER)
 
 
-def box_near_end(tokenizer, trajectory, window):  # TEMPORARY
-    return "\\boxed" in tokenizer.decode(trajectory.token_ids[-window:])
-
-
 def reject_reason(trajectory: Trajectory, tokenizer, settings: Settings) -> str:
     """Why a trajectory is not rewarded for its answer, one of REJECTED, or '' if it is. See --improper."""
     if trajectory.finish in ("infra", "failed_code"):
@@ -145,7 +140,7 @@ def reject_reason(trajectory: Trajectory, tokenizer, settings: Settings) -> str:
         return "unfinished"
     if trajectory.num_sampled < settings.min_tokens:
         return "short"
-    return "" if box_near_end(tokenizer, trajectory, settings.box_window) else "no_box"
+    return "" if trajectory.has_box_near_end(tokenizer, settings.box_window) else "no_box"
 
 
 def no_signal_reason(rewards: list[float], group: int, estimator: str = "grpo") -> str:
@@ -183,18 +178,17 @@ def samples_of(
         counts.update(f"rejected_{reason}" for reason in reasons if reason)
         kept = []
         for trajectory, reason in zip(group, reasons, strict=True):
-            improper = reason in IMPROPER and settings.improper != "drop"
-            if improper:  # else nothing would keep the policy from becoming improper
-                trajectory.reward = 0.0
-            if improper or not reason:
-                kept.append((trajectory, improper and settings.improper == "mask"))
+            if reason in IMPROPER and settings.improper == "zero":
+                trajectory.reward = 0.0  # without this, nothing keeps the policy from becoming improper
+                reason = ""
+            if not reason:
+                kept.append(trajectory)
         counts["kept"] += len(kept)
-        rewards = [trajectory.reward for trajectory, _ in kept]
+        rewards = [trajectory.reward for trajectory in kept]
         reason = no_signal_reason(rewards, size, settings.estimator)
         counts[f"groups_{reason or 'kept'}"] += 1
         if not reason:  # PPO replaces these advantages by those of its value head
-            chosen = zip(kept, group_advantages(rewards), strict=True)
-            samples += [Sample(t, a, level) for (t, masked), a in chosen if not masked]
+            samples += [Sample(t, a, level) for t, a in zip(kept, group_advantages(rewards), strict=True)]
     return samples, list(groups.values()), counts
 
 
@@ -290,7 +284,7 @@ def split_evenly(samples: list[Sample], updates: int) -> list[list[Sample]]:
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
-def sample_trajectories(engine, executor, queue: ProblemQueue, iteration: int, settings: Settings, bar):
+def sample_trajectories(engine, executor, queue: ProblemQueue, iteration: int, settings: Settings, bar, prompt: Prompt):
     """Trajectory level: draw problems, sample and filter, until P groups carry a signal or the draws are used up.
 
     Each rank samples whole groups, so that a prompt is computed once, and then gets those of all ranks.
@@ -317,6 +311,7 @@ def sample_trajectories(engine, executor, queue: ProblemQueue, iteration: int, s
         mine = [g for g, p in enumerate(drawn) if (counts["draws"] + ids.index(p.id)) % world_size() == rank()]
         repeated = [drawn[g] for g in mine for _ in range(settings.group)]
         options = {"stop_on_failure": settings.failed_code == "drop", "deterministic": is_reproducible(engine)}
+        options["prompt"] = prompt
         sampled = solve(engine, executor, repeated, sampling, done=done, **options)
         new, groups, group_counts = samples_of(mine, sampled, "trajectory", reject, settings)
         samples += new
@@ -380,7 +375,9 @@ def rollout_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 
-def train(model, tokenizer, engine, executor, problems, run: Run, settings: Settings, validate=None) -> None:
+def train(
+    model, tokenizer, engine, executor, problems, run: Run, settings: Settings, prompt=PROMPTS["tool"], validate=None
+) -> None:
     """All iterations, from the run's checkpoint if there is one. validate: see Trainer."""
     reference = copy.deepcopy(model) if settings.kl_coef else None  # before the checkpoint is loaded
     if settings.estimator == "ppo":
@@ -392,7 +389,9 @@ def train(model, tokenizer, engine, executor, problems, run: Run, settings: Sett
     for iteration in trainer.iterations(settings.iterations, "rl", "iteration"):
         clock = [time.perf_counter()]
         engine.update_weights(policy_parameters(model))  # in the first iteration too: a resumed run has an empty cache
-        samples, trajectories, counts = sample_trajectories(engine, executor, queue, iteration, settings, trainer.bar)
+        samples, trajectories, counts = sample_trajectories(
+            engine, executor, queue, iteration, settings, trainer.bar, prompt
+        )
         clock.append(time.perf_counter())
         if settings.step_coef:
             trainer.bar.set_postfix_str("steps")
@@ -458,7 +457,7 @@ def main(argv: list[str] | None = None) -> None:
             run.start()
         sampling = Sampling(settings.max_tokens, max_rounds=settings.max_rounds)
         validate = Validation(run, settings, held_out, engine, executor, sampling, prompt)
-        train(model, tokenizer, engine, executor, problems, run, settings, validate)
+        train(model, tokenizer, engine, executor, problems, run, settings, prompt, validate)
         with run.whole_folder("final") as folder:
             save_model(model, tokenizer, folder, prompt)
         print(validate.report())

@@ -25,7 +25,7 @@ import run_sft
 from run_rl import hierarchical_loss, sample_steps, sample_trajectories, train
 from thor.attention import use_layout_attention
 from thor.engines import HFEngine
-from thor.prompts import Prompt
+from thor.prompts import PROMPTS, Prompt
 from thor.rollout import Sampling, solve
 from thor.run_folder import LOGS, Run
 from thor.settings import UserError, parse_settings
@@ -352,7 +352,7 @@ def test_second_draw_replaces_groups_without_a_signal(tokenizer, executor):
 
     engine, bar = ScriptedEngine(tokenizer, reply), tqdm(disable=True)
     queue = ProblemQueue(PROBLEMS, settings.seed)
-    samples, everything, counts = sample_trajectories(engine, executor, queue, 0, settings, bar)
+    samples, everything, counts = sample_trajectories(engine, executor, queue, 0, settings, bar, PROMPTS["tool"])
     assert counts["draws"] == 2 and counts["draws_capped"] == 0 and queue.state["cursor"] == 5
     expected = {name: 1.0 if name in easy else 0.5 for name in order[:5]}
     assert queue.state["pass_rates"] == expected and counts["groups"] == 5

@@ -65,7 +65,8 @@ class Validation:
             repeated = [problem for problem in problems for _ in range(self.settings.eval_samples)]
             mine = repeated[rank() :: world_size()]
             sampling = replace(self.sampling, seed=derive_seed(self.settings.seed, "validation"))
-            _, part = evaluate(self.engine, self.executor, mine, sampling, f"{name}, step {step}")
+            label = f"{name}, step {step}"
+            _, part = evaluate(self.engine, self.executor, mine, sampling, label, prompt=self.prompt)
             parts = gather(part)
             trajectories = [parts[i % world_size()][i // world_size()] for i in range(len(repeated))]
             summary = summarize(trajectories)
