@@ -43,9 +43,10 @@ def test_resume_refuses_a_setting_that_only_one_of_both_runs_has(tmp_path, saved
 
 
 def test_resume_may_change_rows_and_the_flag_itself(tmp_path):
-    Run(str(tmp_path), Settings(), resume=False).start()
-    Run(str(tmp_path), Settings(rows=1, resume=True), resume=True).start()
-    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 0.5, "rows": 1, "report_to": "none"}
+    folder = tmp_path / "runs/r"
+    Run(str(folder), Settings(), resume=False).start()
+    Run(str(folder), Settings(rows=1, resume=True), resume=True).start()
+    assert json.loads((folder / "config.json").read_text()) == {"lr": 0.5, "rows": 1, "report_to": "none"}
 
 
 def test_out_that_is_a_file_is_refused_even_with_resume(tmp_path):
@@ -62,6 +63,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("thor.run_folder.rank", lambda: 1)
     Run(str(tmp_path / "other"), Settings(), resume=False).start()
     run.write_json("config.json", {})
+    run.append("metrics.jsonl", {})
     run.log(1, {})
     run.write_trajectories("trajectories.jsonl", [Trajectory(Problem("p", "q"), [1])], tokenizer=None)
     run.rewind("metrics.jsonl", 0)
@@ -153,6 +155,17 @@ def test_whole_folder_appears_only_when_complete(tmp_path):
     with run.whole_folder("final") as folder:
         (folder / "whole").touch()
     assert [p.name for p in (run / "final").iterdir()] == ["whole"]
+
+
+def test_whole_folder_replaces_one_whose_predecessor_was_not_removed(tmp_path):
+    """A run that is killed after both renames leaves the predecessor."""
+    run = Run(str(tmp_path), Settings(), resume=False)
+    for name in ("final", "final.old"):
+        (run / name).mkdir()
+        (run / name / "file").touch()
+    with run.whole_folder("final") as folder:
+        (folder / "new").touch()
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["final", "final/new"]
 
 
 @pytest.mark.parametrize("killed_at", [1, 2])
