@@ -16,6 +16,12 @@ from thor.verify import verify
 
 PAIRS = r"""
 number
+    --5 == 5
+    -----5 != 5
+    7^{th} == 7
+    \frac x2 == x/2
+    3 4 != 34
+    3 4 != 12
     42 == 42
     42.0 == 42
     +5 == 5
@@ -229,6 +235,10 @@ function
     sin(2x) != 2\sin x
     \sin 30 != \sin 30^\circ
 expression
+    e^{i\pi} == -1
+    (-1)^{n+2} == (-1)^n
+    (-1)^{n+1} != (-1)^n
+    \left\lfloor 3.7 \right\rfloor == 3
     2*sqrt(3) == 2\sqrt{3}
     \frac{\sqrt{2}}{2} == \frac{1}{\sqrt{2}}
     x^2+2x+1 == (x+1)^2
@@ -257,6 +267,9 @@ expression
     x_1 != x_2
     x_1 != x
 unit left out
+    \$18 per hour == 18
+    3/4 cup == 3/4
+    \frac{3}{4} \text{ of the cake} == 0.75
     5 cm == 5
     5 == 5 \text{ cm}
     4 km/h == 4
@@ -280,6 +293,7 @@ unit left out
     (45°, 60°) == (45, 60)
     y == y \text{ meters}
 unit in two spellings
+    18 dollars per hour == \$18 per hour
     5 centimeters == 5 cm
     5 sq cm == 5\text{ cm}^2
     864 square inches == 864 \mbox{ inches}^2
@@ -314,6 +328,8 @@ choice
     Cat != C
     (A) != (B)
 alias and braces
+    \bar{x} == \overline{x}
+    x \neq 3 == x != 3
     \emptyset == \varnothing
     \{\} == \emptyset
     x_1 == x_{1}

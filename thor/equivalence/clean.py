@@ -27,14 +27,16 @@ def _greek_letters() -> dict[str, str]:
 CHARACTERS = str.maketrans(
     {"\u2212": "-", "\u2013": "-", "\u2044": "/", "÷": "/", "·": r"\cdot ", "⋅": r"\cdot ", "×": r"\times ", "∗": "*"}
     | {"∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∈": r"\in ", "±": r"\pm "}
-    | {"∪": r"\cup ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "′": "'", "\0": " "}
-    | {"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∠": r"\angle ", "ℏ": r"\hbar "}
+    | {"∪": r"\cup ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "′": "'", "\0": " ", "∠": r"\angle ", "ℏ": r"\hbar "}
+    | {"√": r"\sqrt ", "∛": r"\sqrt[3] ", "∜": r"\sqrt[4] "}
+    | {"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil "}
     | _greek_letters()
 )
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ"
 END = r"(?![A-Za-z])"  # of the name of a LaTeX command
 FUNCTION = "(a?(?:sin|cos|tan|cot|sec|csc)h?|arc(?:sin|cos|tan|cot|sec|csc)|ln|log|exp|lcm|gcd|max|min)"
-ORDINAL = r"(?:\^?\s*\\text\{(?:st|nd|rd|th)\}|\^\{\s*\\text\{(?:st|nd|rd|th)\}\s*\}|(?:st|nd|rd|th)\b)"
+TH = r"(?:st|nd|rd|th)"
+ORDINAL = rf"(?:\^?\s*\\text\{{{TH}\}}|\^\{{\s*\\text\{{{TH}\}}\s*\}}|\^\{{{TH}\}}|{TH}\b)"
 
 RULES: list[tuple[str, str, str, str]] = [  # pattern, replacement, example before, example after
     # layout
@@ -59,6 +61,7 @@ RULES: list[tuple[str, str, str, str]] = [  # pattern, replacement, example befo
     (rf"\\(?:varnothing|emptyset){END}|\bEmptySet\b", r"\\{\\}", r"\emptyset", r"\{\}"),
     (rf"\\lbrace{END}", r"\\{", r"\lbrace 1\}", r"\{ 1\}"),
     (rf"\\rbrace{END}", r"\\}", r"\{1\rbrace", r"\{1\}"),
+    (r"\\overline(?=\s*\{[A-Za-z])", r"\\bar", r"\overline{x}", r"\bar{x}"),
     (r"\\var(?=epsilon|phi|theta|rho|sigma|pi|kappa)", r"\\", r"\varphi", r"\phi"),
     # Python
     (r"\*\*", "^", "x**2", "x^2"),

@@ -43,7 +43,7 @@ CHOICE = re.compile(
 TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
 SHORT_UNIT = re.compile(
-    r"((?:\w+\s*=\s*)?[-+]?[\d.,]+(?:\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+))?)\s+"
+    r"((?:\w+\s*=\s*)?[-+]?[\d.,/]+(?:\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+))?)\s+"
     r"([A-Za-z]{3}|[mgshLJNWVAKC](?:\^(?:[23]|\{[23]\}))?)"
 )
 

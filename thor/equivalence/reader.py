@@ -12,7 +12,7 @@ from thor.equivalence.clean import END, GREEK
 from thor.equivalence.tree import Node, negative, number, product, quotient, walk
 from thor.equivalence.units import UNIT, canonical_unit
 
-MAX_DEPTH = 40  # of brackets, arguments and exponents
+MAX_DEPTH, MAX_SIGNS = 40, 3  # of brackets, arguments and exponents; of signs in a row, as in --1 and n!!
 FLOAT_DIGITS, FLOAT_DECIMALS = 10, 5  # a number with as many significant digits and decimals is a printed float
 
 INFINITY = Node("const", ("oo",))
@@ -55,10 +55,10 @@ def _any(names) -> str:
 SEPARATOR, COLON, KEY = _token(r"[,;]\s*;?"), _token(":"), _token(r"[A-Za-z]\w*\s*:")
 RELATION, UNION = _token(f"({_any(RELATIONS)})"), _token(rf"\\cup{END}")
 LEADING_RELATION = _token(rf"(?:=|\\approx{END})")
-SIGN, POWER, SUBSCRIPT, POSTFIX = _token(rf"([-+]|\\[pm][pm]{END})"), _token(r"\^"), _token("_"), _token("(!|°)")
+SIGN, POWER, SUBSCRIPT, POSTFIX = _token(rf"([-+]|\\[pm][pm]{END})"), _token(r"\^"), _token("_"), _token("(!(?!=)|°)")
 TIMES, OVER = _token(rf"(?:\*|\\(?:cdot|times){END})"), _token(rf"(?:/|:|\\div{END})")
 OPENING, PARENTHESIS, BAR = _token(f"({_any(CLOSING)})"), _token(r"\("), _token(r"\|")
-BRACE, BRACKET, DIGIT = _token(r"\{"), _token(r"\["), _token(r"(\d)")
+BRACE, BRACKET, SINGLE = _token(r"\{"), _token(r"\["), _token(r"(?:(\d)|([A-Za-z]))")
 # What starts a factor behind another one without a sign, as in 2\pi r.
 NOT_FACTORS = [name for name in RELATIONS if name[0] == "\\"] + [
     r"\cup",
@@ -116,10 +116,10 @@ class _Reader:
         self.in_bars = False  # directly inside |...|, where another bar closes
 
     def answer(self) -> Node:
-        node = self.items_as("list")
+        items = self.items()
         if self.text[self.position :].strip():
             raise NotReadable
-        return node
+        return items[0] if len(items) == 1 else Node("list", (items,))
 
     def take(self, token: re.Pattern[str]) -> re.Match[str] | None:
         match = token.match(self.text, self.position)
@@ -153,10 +153,6 @@ class _Reader:
         while self.take(SEPARATOR):
             found.append(self.relation())
         return tuple(found)
-
-    def items_as(self, op: str) -> Node:
-        items = self.items()
-        return items[0] if len(items) == 1 else Node(op, (items,))
 
     def relation(self) -> Node:
         self.take(LEADING_RELATION)
@@ -215,8 +211,10 @@ class _Reader:
 
     def signed(self, operand: Callable[[], Node]) -> Node:
         signs = []
-        while (match := self.take(SIGN)) and len(signs) < 4:
+        while match := self.take(SIGN):
             signs.append(match[1])
+        if len(signs) > MAX_SIGNS:
+            raise NotReadable
         node = operand()
         for sign in reversed(signs):
             node = _signed(sign, node)
@@ -232,10 +230,12 @@ class _Reader:
         with self.nested():
             return self.signed(self.power)
 
-    def postfix(self, node: Node, limit: int = 3) -> Node:
-        while limit and (match := self.take(POSTFIX)):
+    def postfix(self, node: Node) -> Node:
+        for _ in range(MAX_SIGNS):
+            match = self.take(POSTFIX)
+            if not match:
+                break
             node = Node("call", ("factorial", node)) if match[1] == "!" else Node("deg", (node,))
-            limit -= 1
         return node
 
     # ---- atoms ----
@@ -251,7 +251,8 @@ class _Reader:
         if match := self.take(TEXT):
             return self.quoted(match[1])
         if match := self.take(CURRENCY):
-            return Node("quantity", (self.factor(), "dollar" if match[1] in (r"\$", "USD") else match[1]))
+            value, currency = self.factor(), "dollar" if match[1] in (r"\$", "USD") else match[1]
+            return Node("quantity", (value, currency + (self.unit([value]) or "")))  # $18 per hour
         if match := self.take(INTERVAL):
             return self.interval({"open": "()", "Lopen": "(]", "Ropen": "[)", None: "[]"}[match[1]])
         if match := self.take(ACCENT):
@@ -333,8 +334,10 @@ class _Reader:
     def argument(self) -> Node:
         r"""Read the argument of a LaTeX command: {...}, or one digit or symbol as in \frac12."""
         with self.nested():
-            digit = self.take(DIGIT)
-            return number(int(digit[1])) if digit else self.atom()
+            match = self.take(SINGLE)
+            if not match:
+                return self.atom()
+            return number(int(match[1])) if match[1] else CONSTANTS.get(match[2]) or Node("sym", (match[2],))
 
     def word(self) -> Node:
         """Read a name, words, or one letter of a product of letters."""

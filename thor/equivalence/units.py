@@ -41,11 +41,11 @@ def canonical_unit(text: str) -> str | None:
             return None
     flat = TEXT.sub(r" \1 ", text).replace(r"\cdot", " ").replace("*", " ")
     flat = re.sub(r"[{}]|\.(?!\w)|\s+(?=\^)|(?<=\^)\s+", "", flat)
-    flat = re.sub(r"\s*(?:/|\bper\b)\s*", " / ", flat)
+    flat = re.sub(r"\s*(?:/|\bper\b)\s*", "/", flat)
     flat = re.sub(r"\b(?:square|sq)\s+([A-Za-z]+)", r"\1^2", flat)
     flat = re.sub(r"\b(?:cubic|cu)\s+([A-Za-z]+)", r"\1^3", flat)
     flat = re.sub(r"(?<=[A-Za-z])([23])(?!\d)", r"^\1", flat.replace(" squared", "^2").replace(" cubed", "^3"))
-    unit = re.sub(r"[A-Za-z.]+", lambda match: _name(match[0]), " ".join(flat.split())).replace(" / ", "/")
+    unit = re.sub(r"[A-Za-z.]+", lambda match: _name(match[0]), " ".join(flat.split()))
     return "" if re.fullmatch(r"unit(\^\d)?", unit) else unit
 
 
