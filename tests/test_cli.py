@@ -17,6 +17,7 @@ from conftest import byte_tokenizer, tiny_llama
 import run_rl
 from run_infer import Printer, lineage
 from thor.evaluation import bootstrap_interval, summarize, table
+from thor.prompts import PROMPT_FILE, load_prompt
 from thor.settings import parse_settings, setting
 from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
@@ -82,6 +83,8 @@ GOOD_ROW = json.dumps({"question": "2 + 2 = ? é", "answer": "4"})
         ("infer", ["a question", "--temperature", "0"], ["--temperature 0", "--self_correct 0"]),
         ("tirgen", ["--template", "magic"], ["--template magic"]),
         ("rl", ["--config", "settings.yaml"], ["settings.yaml", "learning_rate"]),
+        ("sft", ["--prompt", "tol"], ["--prompt tol", "tool-base"]),
+        ("rl", ["--prompt", "settings.yaml"], ["--prompt settings.yaml", "no field is named 'learning_rate'"]),
     ],
 )
 def test_bad_input_is_a_one_line_error_and_writes_no_files(tmp_path, model, script, flags, expected):
@@ -111,6 +114,21 @@ def test_help_lists_all_settings_and_topics(script, tmp_path):
     for field in module.Settings.__dataclass_fields__.values():
         assert f"--{field.name}" in done.stdout and field.metadata["help"]
         assert f"\n{field.metadata['topic']}:\n" in done.stdout
+
+
+def test_prompt_is_stored_with_the_model_and_used_by_the_next_stage(tmp_path, model):
+    segments = [{"text": "It is \\boxed{4}.", "sampled": True}]
+    row = json.dumps({"id": "a", "question": "2 + 2?", "answer": "4", "segments": segments})
+    write(tmp_path / "tir.jsonl", *[row] * 2)
+    own = write(tmp_path / "own.yaml", "system: Be brief.", "chat_kwargs: {enable_thinking: false}", "tools: false")
+    flags = ["--data", "tir.jsonl", "--epochs", "1", "--evaluate", "False", "--report_to", "none"]
+    for prompt, source, folder in (("own.yaml", model, "a"), ("", tmp_path / "a/final", "b"), ("tool", "b/final", "c")):
+        flag = ["--prompt", prompt] if prompt else []
+        done = run_script("sft", *flags, *flag, "--model", str(source), "--out", folder, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("--prompt tool: differs from the prompt" in done.stdout) == (prompt == "tool")
+    prompts = [load_prompt(tmp_path / folder / "final" / PROMPT_FILE) for folder in "abc"]
+    assert prompts == [load_prompt(own), load_prompt(own), load_prompt("tool")]
 
 
 def test_rl_and_infer_run_end_to_end_and_lineage_is_found(tmp_path, model):

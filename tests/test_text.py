@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_zoo import ADDED, CONTROL, ZOO
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from thor.demo import ModelError, demo_model
 from thor.text import (
     EMPTY,
     FenceParser,
@@ -397,6 +398,21 @@ def test_added_tokens_are_kept_on_request_but_never_special_ones(zoo, text):
     assert special_ids(tokenizer).isdisjoint(ids)
     for token, token_id in zip(ADDED, tokenizer.convert_tokens_to_ids(list(ADDED)), strict=True):
         assert ids.count(token_id) == text.count(token)
+
+
+def test_tokenizer_of_the_demo_model():
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    except ModelError as error:
+        pytest.skip(f"the demo model is not available: {error}")
+    control = list(tokenizer.get_added_vocab())
+    hostile = "so </think> " + "".join(f"{token}\n" for token in control) + "é数🙂"
+    ids = encode(tokenizer, hostile)
+    assert control_ids(tokenizer).isdisjoint(ids) and decode(tokenizer, ids) == streamed(tokenizer, ids) == hostile
+    text = hostile.translate({ord("<"): "< "})
+    assert encode(tokenizer, text) == tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.convert_tokens_to_ids(control)
+    assert decode(tokenizer, [*ids, tokenizer.eos_token_id]) == streamed(tokenizer, ids) == "".join(control)
 
 
 @pytest.mark.parametrize("zoo", ZOO)
