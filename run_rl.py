@@ -71,16 +71,18 @@ class Settings(TrainSettings):
 
     data: str = setting("synthetic", "problems: 'synthetic', a file, a benchmark or a hub data set", "data")
     split: str = setting("train", "split of 'synthetic' or of a hub data set", "data")
-    limit: int = setting(512, "number of problems, the first ones of a file", "data", min=1)
+    limit: int = setting(128, "number of problems, the first ones of a file", "data", min=1)
     model: str = setting("runs/sft/final", "name of the demo model, folder or hub id", "model")
     prompt: str = setting("", PROMPT_HELP, "model")
     sampler: Literal["hf", "vllm"] = setting("hf", "engine; 'hf' shares the trainer's weights", "model")
     prompts: int = setting(
-        4, "P, problems and at most as many failed steps per iteration (paper: 128)", "sampling", min=1
+        8, "P, problems and at most as many failed steps per iteration (paper: 128)", "sampling", min=1
     )
     group: int = setting(8, "G, trajectories per problem and samples per failed step (paper: 16)", "sampling", min=1)
-    pass_rate_range: str = setting("0,1", "skip most problems with another pass rate; 0,1: none (paper)", "sampling")
-    max_draws: int = setting(2, "maximum number of times that problems are drawn per iteration", "sampling", min=1)
+    pass_rate_range: str = setting(
+        "0.05,0.95", "skip most problems with another pass rate; 0,1: skip none (paper)", "sampling"
+    )
+    max_draws: int = setting(3, "maximum number of times that problems are drawn per iteration", "sampling", min=1)
     max_tokens: int = setting(144, "maximum response length in tokens (paper: 3,200)", "sampling", min=1)
     max_rounds: int = setting(2, "tool calls per trajectory (paper: 5)", "sampling", min=0)
     temperature: float = setting(1.0, "sampling temperature, also used in training (paper: 1.0)", "sampling")
@@ -116,9 +118,9 @@ class Settings(TrainSettings):
     value_coef: float = setting(0.5, "ppo: weight of the value loss", "objective")
     value_clip: float = setting(0.2, "ppo: clip range of the value function", "objective")
     whiten: bool = setting(False, "ppo: scale the advantages of each level to mean 0 and std 1", "objective")
-    iterations: int = setting(3, "iterations of sampling and updating", "optimisation", min=1)
+    iterations: int = setting(10, "iterations of sampling and updating", "optimisation", min=1)
     updates: int = setting(1, "optimizer steps per iteration", "optimisation", min=1)
-    lr: float = setting(2e-5, "peak learning rate (paper: 1e-6)", "optimisation")
+    lr: float = setting(4e-5, "peak learning rate (paper: 1e-6)", "optimisation")
     value_lr: float = setting(1e-3, "ppo: learning rate of the value head (initialised to 0)", "optimisation")
     rows: int = setting(64, "requests that decode at once", "memory", min=1)
     kv_tokens: int = setting(0, "size of the KV cache in tokens; 0: half of the free memory", "memory", min=0)

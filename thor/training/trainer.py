@@ -37,7 +37,7 @@ class TrainSettings:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
     lr: float = setting(1e-5, "peak learning rate", "optimisation")
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(
-        "constant", "learning rate after the warm-up; 'linear' and 'cosine' decay to 0", "optimisation"
+        "linear", "learning rate after the warm-up; 'linear' and 'cosine' decay to 0", "optimisation"
     )
     warmup: float = setting(0.0, "share of the run in which the learning rate rises from 0", "optimisation", min=0)
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient", "optimisation", min=0)
