@@ -289,6 +289,27 @@ def test_interrupted_drive_leaves_no_requests_behind(tokenizer):
     assert values == ["[2]"] * 3
 
 
+def test_tasks_of_a_generator_are_taken_as_they_start_and_values_are_not_kept(tokenizer):
+    engine, taken, given = ScriptedEngine(tokenizer, lambda request, turn: "x"), 0, []
+
+    def task(i):
+        yield Request(str(i), [1], 5)
+        return i
+
+    def tasks():
+        nonlocal taken
+        for i in range(20):
+            taken += 1
+            yield task(i)
+
+    def done(i, value):
+        given.append((i, value, taken))
+
+    assert drive(tasks(), engine, ScriptedExecutor(None), done, in_flight=3) == []
+    assert [(i, value) for i, value, _ in given] == [(i, i) for i in range(20)]
+    assert all(count <= i + 4 for i, _, count in given), "3 in flight, and the next one"
+
+
 def test_lost_request_is_an_error(tokenizer):
     engine = ScriptedEngine(tokenizer, lambda request, turn: "x")
     engine.add = lambda request: None

@@ -9,7 +9,7 @@ waits for a tool or for a grade.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -64,8 +64,9 @@ def drive(
     in_flight: int | None = None,
     deterministic: bool = False,
 ) -> list[Any]:
-    """Run all tasks and return their values in order.
+    """Run all tasks and return their values in order, or pass the values to `done` and return [].
 
+    tasks: each is taken when it starts, so that a generator of tasks is never ahead by more than one.
     grade: called in another thread with the value of each task that has ended; the other tasks continue meanwhile.
     done(index, value) is called in this thread once the value is graded.
     in_flight: maximum number of tasks to run at once. There are never more than the `max_rows` of any engine in use,
@@ -73,13 +74,14 @@ def drive(
     deterministic: wait for all submitted code before each step of the engine. Then the tasks alone, and not the speed
     of the tools, determine which requests share a batch, and so how every float is rounded.
     """
-    tasks = list(tasks)
-    values: list[Any] = [None] * len(tasks)
-    fresh = deque(range(len(tasks)))
+    fresh = enumerate(tasks)
+    following = next(fresh, None)
+    started: dict[int, Task] = {}
+    values: dict[int, Any] = {}
     waiting: dict[tuple[int, str], int] = {}  # (engine, request id) -> task
     running: dict[Future, tuple[int, str, int]] = {}  # future -> (task, code, tries)
-    grading: dict[Future, int] = {}  # future -> task
-    used: dict[int, set[tuple[int, str]]] = {i: set() for i in fresh}  # task -> (engine, id) of its requests
+    grading: dict[Future, tuple[int, Any]] = {}  # future -> (task, value)
+    used: dict[int, set[tuple[int, str]]] = defaultdict(set)  # task -> (engine, id) of its requests
     engines: dict[int, Engine] = {id(engine): engine}
     graders = ThreadPoolExecutor(GRADERS)
 
@@ -87,18 +89,24 @@ def drive(
         limits = [in_flight, *(getattr(e, "max_rows", None) for e in engines.values())]
         return all(limit is None or len(waiting) + len(running) < limit for limit in limits)
 
+    def finish(i: int, value: Any) -> None:
+        if done:
+            done(i, value)
+        else:
+            values[i] = value
+
     def resume(i: int, message: Completion | ExecResult | None) -> None:
         try:
-            wanted = tasks[i].send(message)
+            wanted = started[i].send(message)
         except StopIteration as stop:
-            values[i] = stop.value
-            for e, name in used.pop(i):
+            del started[i]
+            for e, name in used.pop(i, ()):
                 if hasattr(engines[e], "release"):
                     engines[e].release(name)
             if grade:
-                grading[graders.submit(grade, stop.value)] = i
-            elif done:
-                done(i, stop.value)
+                grading[graders.submit(grade, stop.value)] = (i, stop.value)
+            else:
+                finish(i, stop.value)
             return
         if isinstance(wanted, str):
             running[executor.submit(wanted)] = (i, wanted, 1)
@@ -119,16 +127,17 @@ def drive(
                 running[executor.submit(code)] = (i, code, tries + 1)
             else:
                 resume(i, result)
-        for future in sorted(ended & grading.keys(), key=grading.get):
-            i = grading.pop(future)
+        for future in sorted(ended & grading.keys(), key=lambda f: grading[f][0]):
+            graded = grading.pop(future)
             future.result()  # raises what `grade` raised
-            if done:
-                done(i, values[i])
+            finish(*graded)
 
     try:
-        while fresh or waiting or running or grading:
-            while fresh and has_room():
-                resume(fresh.popleft(), None)
+        while following or waiting or running or grading:
+            while following and has_room():
+                i, started[i] = following
+                following = next(fresh, None)
+                resume(i, None)
             busy = [e for e in engines.values() if e.has_work()]
             if waiting and not busy and not running:
                 raise RuntimeError(f"the engine has lost requests: {sorted(name for _, name in waiting)}")
@@ -143,12 +152,12 @@ def drive(
             collect([*running, *grading], timeout, FIRST_COMPLETED)
     finally:
         graders.shutdown(wait=False, cancel_futures=True)
-        for task in tasks:
+        for task in started.values():
             task.close()
         for e in engines.values():  # after an exception, a later drive must not get the completions of this one
             if e.has_work() and hasattr(e, "drop"):
                 e.drop()
-    return values
+    return [values[i] for i in sorted(values)]
 
 
 # ---- one turn -------------------------------------------------------------------------------------------------------
@@ -315,16 +324,17 @@ def solve(
     preamble = common_prefix(min(prompts.values()), max(prompts.values())) if len(prompts) > 1 else 0
     groups = Counter(problem.id for problem in problems)
     seen: Counter[str] = Counter()
-    tasks = []
+    trajectories, tasks = [], []
     for problem in problems:  # named, and so seeded, by id and repetition: independent of the other problems
         name = f"{problem.id}#{seen[problem.id]}"
         seen[problem.id] += 1
         prompt_ids = prompts[problem.question]
         shared = len(prompt_ids) - 1 if groups[problem.id] > 1 else preamble
         sampler = TurnSampler(engine, name, sampling, shared, listener, prompt.tools)
-        trajectory = Trajectory(problem, prompt_ids)
-        tasks.append(think_act_observe(sampler, trajectory, self_correct, suffix_tokens, stop_on_failure))
-    return drive(tasks, engine, executor, done, set_reward, deterministic=deterministic)
+        trajectories.append(Trajectory(problem, prompt_ids))
+        tasks.append(think_act_observe(sampler, trajectories[-1], self_correct, suffix_tokens, stop_on_failure))
+    drive(tasks, engine, executor, done, set_reward, deterministic=deterministic)
+    return trajectories
 
 
 # ---- step level -----------------------------------------------------------------------------------------------------
