@@ -30,6 +30,7 @@ TOPICS = (
     "model",
     "data",
     "sampling",
+    "filter",
     "objective",
     "optimisation",
     "validation",
@@ -52,6 +53,35 @@ def setting(default: Any, help: str, topic: str, min: float | None = None) -> An
     topic: group of the flag in --help. min: smallest valid value.
     """
     return dataclasses.field(default=default, metadata={"help": help, "topic": topic, "min": min})
+
+
+def by_model(demo: Any, other: Any, help: str, topic: str, min: float | None = None) -> Any:
+    """A `setting` whose default depends on the model: `demo` for the demo model, `other` for all others.
+
+    Declare its type as optional. `fill_defaults` replaces None by the default.
+    """
+    shown = ["all" if value is None else f"{value:,}" for value in (demo, other)]
+    field = setting(None, f"{help} (default: {shown[0]} for the demo model, else {shown[1]})", topic, min)
+    return dataclasses.field(default=None, metadata={**field.metadata, "by_model": (demo, other)})
+
+
+def fill_defaults(settings: S, model: str, demo_model: str) -> S:
+    """Replace each `by_model` setting that is None by the default for `model`, and print those of other models."""
+    filled = {
+        field.name: field.metadata["by_model"][model != demo_model]
+        for field in dataclasses.fields(settings)
+        if "by_model" in field.metadata and getattr(settings, field.name) is None
+    }
+    if filled and model != demo_model and rank() == 0:
+        values = ", ".join(f"{name} {'all' if value is None else value}" for name, value in filled.items())
+        print(f"{model} is not the demo model, so the defaults are: {values}")
+    return dataclasses.replace(settings, **filled)
+
+
+class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """Show no default where the help text explains it, or where there is none."""
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
@@ -77,7 +107,9 @@ def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positi
     hints, topics = typing.get_type_hints(cls), {topic: [] for topic in TOPICS}
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
-        shown = {"help": field.metadata["help"]} | ({"metavar": METAVARS[kind]} if kind in METAVARS else {})
+        shown = {"help": field.metadata["help"]}
+        for plain in (kind, *typing.get_args(kind)):  # `int | None` is an int in --help
+            shown |= {"metavar": METAVARS[plain]} if plain in METAVARS else {}
         plain = dataclasses.field(default=field.default, metadata=shown)
         topics[field.metadata.get("topic", "run")].append((field.name, kind, plain))
     groups = [  # HfArgumentParser makes one group of flags per dataclass
@@ -85,9 +117,8 @@ def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positi
         for topic, fields in topics.items()
         if fields
     ]
-    formatter = type("Formatter", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
     usage = f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[--config FILE] [--NAME VALUE ...]"
-    parser = _Parser(groups, description=doc, allow_abbrev=False, formatter_class=formatter, usage=usage)
+    parser = _Parser(groups, description=doc, allow_abbrev=False, formatter_class=_Formatter, usage=usage)
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings by name; flags override it")
     if positional:
         parser.add_argument("_positional", nargs="?", metavar=positional.upper(), help=f"the same as --{positional}")
@@ -101,7 +132,7 @@ def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positi
     given = getattr(extra, "_positional", None) if positional else None
     for field in dataclasses.fields(cls):
         smallest, value = field.metadata.get("min"), getattr(settings, field.name)
-        if smallest is not None and value < smallest:
+        if None not in (smallest, value) and value < smallest:
             parser.error(f"--{field.name} {value}: must be at least {smallest}")
     return dataclasses.replace(settings, **{positional: given}) if given else settings
 
