@@ -22,7 +22,7 @@ import torch
 from thor.demo import DEMO_MODEL
 from thor.distributed import cpu_workers, start_ranks
 from thor.engines import HFEngine
-from thor.prompts import Prompt, load_prompt
+from thor.prompts import Prompt, load_prompt, opened_thought
 from thor.rollout import Sampling
 from thor.run_folder import Run
 from thor.sandbox import Executor
@@ -89,10 +89,15 @@ def load_trajectories(path: str, tokenizer, prompt: Prompt) -> list[Trajectory]:
 def to_ledger(
     problem: Problem, segments: list[tuple[str, bool]], tokenizer, prompt: Prompt | None = None
 ) -> Trajectory:
-    """Encode each segment separately, as a rollout would. segments: (text, was it written by the policy?)."""
+    """Encode each segment separately, as a rollout would. segments: (text, was it written by the policy?).
+
+    A row starts with the whole thought, from "<think>" on. A start that the prompt ends with is not repeated.
+    """
     prompt_ids = (prompt or load_prompt("tool")).render(tokenizer, problem.question)
     trajectory = Trajectory(problem, prompt_ids, finish="stop", reward=1.0)
-    for text, sampled in segments:
+    opened = opened_thought(tokenizer, prompt_ids)
+    for i, (text, sampled) in enumerate(segments):
+        text = text.removeprefix(opened) if i == 0 else text
         ids = encode(tokenizer, text, added_tokens=sampled)
         if sampled:
             trajectory.append_sampled(ids, [0.0] * len(ids))

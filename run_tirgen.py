@@ -1,364 +1,315 @@
 """Stage 1, TIRGen: build tool-integrated trajectories with an actor, a critic and a filter (paper, section 3.1).
 
-    python run_tirgen.py                                  # synthetic problems, demo model, ~4 minutes on 2 CPU cores
-    python run_tirgen.py --data problems.jsonl --actor Qwen/Qwen3-8B --critic Qwen/Qwen3-32B --template instruct
+    python run_tirgen.py                                  # synthetic problems, demo model, a few minutes on 2 CPU cores
+    python run_tirgen.py --config docs/configs/tirgen-qwen3-8b.yaml --data problems.jsonl --out runs/tir-8b
 
 The actor writes one reasoning step. The critic decides whether code can do part of it. If so, it extracts the pure
-reasoning and writes the code, the code is executed, and reasoning, code and output replace the step. The actor then
-continues from there until it gives an answer or reaches a limit. A multi-stage filter selects the training data.
+reasoning and writes the code, the code is executed, and reasoning, code and output replace that part. The actor then
+continues until it ends its solution or reaches a limit. A multi-stage filter selects the training data.
 
-Writes <out>/tir.jsonl (one trajectory per line), drafts.jsonl (all trajectories before the filter) and funnel.json.
+Writes <out>/tir.jsonl (one trajectory per line), drafts.jsonl (all tries, before the filter) and summary.json.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import random
-import re
-from collections import Counter
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
 
 from thor.data import load_problems
-from thor.demo import DEMO_MODEL, few_shot_actor, few_shot_critic
-from thor.engines import Engine, Request, is_reproducible, load_engine
-from thor.prompts import ACTOR_INSTRUCT, CRITIC_INSTRUCT, observation_text, render_chat, tir_step
+from thor.demo import DEMO_MODEL, nearest_demonstrations
+from thor.engines import Engine, Request, ServerError, is_reproducible, load_engine
+from thor.prompts import tir_step
 from thor.rollout import Ask, Task, drive
-from thor.run_folder import Run, write_atomic
+from thor.run_folder import Run
 from thor.sandbox import Executor
-from thor.settings import derive_seed, parse_settings, run_main, setting, user_errors
-from thor.text import FenceParser, decode, encode, extract_answer
+from thor.settings import (
+    UserError,
+    by_model,
+    derive_seed,
+    fill_defaults,
+    parse_settings,
+    run_main,
+    setting,
+    user_errors,
+)
+from thor.text import decode
+from thor.tirgen import critic as contract
+from thor.tirgen import report
+from thor.tirgen.critic import FAULTS, CriticStop, Rewrite, first_block
+from thor.tirgen.draft import THINK, Draft, thought_span
+from thor.tirgen.filters import FilterSettings, first_fault, select
+from thor.tirgen.problems import exclude, take_shard
+from thor.tirgen.roles import (
+    CLAIMED_OUTPUT,
+    FEW_SHOT,
+    Prompts,
+    encode_segments,
+    feedback,
+    load_prompts,
+    make_actor,
+    make_critic,
+)
+from thor.tirgen.store import read_draft, read_drafts, read_names, write_rows
 from thor.trajectory import Problem
 from thor.verify import verify
 
+RETRY_SECONDS = 60  # pause after a model server was lost
+
 
 @dataclass(frozen=True)
-class Settings:
-    """Flags of run_tirgen.py."""
+class Settings(FilterSettings):
+    """Flags of run_tirgen.py, in addition to those of the filter."""
 
     data: str = setting("synthetic", "problems: 'synthetic', a json/jsonl/parquet file, or a hub data set", "data")
     split: str = setting("train", "split of 'synthetic' or of a hub data set", "data")
-    limit: int = setting(128, "number of problems to load", "data", min=1)
+    limit: int | None = by_model(128, None, "number of problems to load", "data", min=1)
+    exclude: str = setting("", "test sets, separated by commas: problems that are also in them are dropped", "data")
+    shard: str = setting("1/1", "i/n: only every n-th problem, from the i-th; see --merge", "data")
+    merge: str = setting("", "run folders, separated by commas: filter all of their tries, and sample none", "data")
     actor: str = setting(
         DEMO_MODEL,
         "model that reasons (paper: Qwen3-8B): demo model, folder, hub id, vllm:NAME, or URL of a vLLM server",
         "model",
     )
     critic: str = setting("", "model that writes code (paper: Qwen3-32B); empty: the actor", "model")
-    template: Literal["few-shot", "instruct"] = setting(
-        "few-shot", "prompts: few-shot for small models, instruct for capable chat models", "model"
+    actor_prompt: str = setting("", "few-shot, actor or a YAML file; empty: few-shot for the demo model", "model")
+    critic_prompt: str = setting("", "few-shot, critic or a YAML file; empty: few-shot for the demo model", "model")
+    judge_prompt: str = setting(
+        "judge", "judge or a YAML file: prompt of the first call, with --critic_calls 2", "model"
     )
-    tries: int = setting(2, "trajectories per problem", "sampling", min=1)
-    code_tries: int = setting(2, "maximum attempts to get working code for a step", "sampling", min=1)
-    max_steps: int = setting(4, "maximum reasoning steps per trajectory", "sampling", min=1)
-    step_tokens: int = setting(48, "maximum tokens per reasoning step, L_step (paper: 4,096)", "sampling", min=1)
-    code_tokens: int = setting(128, "maximum tokens per reply of the critic", "sampling", min=1)
-    max_tokens: int = setting(512, "maximum tokens per trajectory", "sampling", min=1)
-    temperature: float = setting(0.5, "sampling temperature of actor and critic", "sampling", min=0)
-    min_substantial: float = setting(0.0, "filter: minimum share of non-trivial code blocks (paper: 0.6)", "data")
-    keep_one_call: float = setting(1.0, "filter: share of one-call trajectories to keep (official run: 0.5)", "data")
-    rows: int = setting(128, "cache rows of the engine; half as many trajectories run at once", "memory", min=2)
+    critic_calls: int = setting(1, "1: the critic judges and rewrites in one call, 2: in two", "model", min=1)
+    tries: int | None = by_model(2, 8, "trajectories per problem", "sampling", min=1)
+    plain_tries: int | None = by_model(0, 4, "samples of plain reasoning, to measure difficulty", "sampling", min=0)
+    code_tries: int | None = by_model(2, 3, "maximum attempts to get working code for a step", "sampling", min=1)
+    max_steps: int | None = by_model(6, 60, "maximum reasoning steps per trajectory", "sampling", min=1)
+    step_tokens: int | None = by_model(48, 4096, "maximum tokens per step, L_step (paper: 4,096)", "sampling", min=1)
+    code_tokens: int | None = by_model(128, 4096, "maximum tokens per reply of the critic", "sampling", min=1)
+    max_tokens: int | None = by_model(512, 20_000, "maximum tokens per trajectory", "sampling", min=1)
+    temperature: float | None = by_model(0.5, 0.6, "sampling temperature of the actor", "sampling", min=0)
+    top_p: float = setting(1.0, "nucleus sampling of the actor", "sampling", min=1e-6)
+    top_k: int | None = by_model(0, 30, "top-k of the actor; 0 is off", "sampling", min=0)
+    critic_temperature: float | None = setting(None, "the same for the critic; empty: as the actor", "sampling", min=0)
+    critic_top_p: float | None = setting(None, "the same for the critic; empty: as the actor", "sampling", min=1e-6)
+    critic_top_k: int | None = setting(None, "the same for the critic; empty: as the actor", "sampling", min=0)
+    rows: int = setting(128, "requests that an engine samples at once", "memory", min=2)
     timeout: float = setting(5.0, "maximum seconds per code block", "run")
     memory_mb: int = setting(1024, "memory limit of a code block in MiB", "run", min=1)
+    patience: float = setting(60.0, "minutes to wait for a model server that does not answer", "run", min=0)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
-    seed: int = setting(0, "random seed of problems, sampling and filter", "run")
+    preview: int = setting(0, "number of kept trajectories to print, in colour", "run", min=0)
+    dry_run: bool = setting(False, "only print the prompts and the number of tries, without a model", "run")
     out: str = setting("runs/tirgen", "run folder to write", "run")
     resume: bool = setting(False, "resume the run in --out", "run")
-
-
-@dataclass
-class Draft:
-    """A trajectory as text, independent of any tokenizer."""
-
-    problem: Problem
-    segments: list[tuple[str, bool]] = field(default_factory=list)  # (text, whether a model wrote it)
-    statuses: list[str] = field(default_factory=list)  # execution status of each code block
-    codes: list[str] = field(default_factory=list)
-    finished: bool = False  # the actor ended it, it was not cut off
-    dropped: str = ""  # reason for giving up: 'no_code' | 'code_failed' | 'too_long' | 'infra'
-
-    @property
-    def text(self) -> str:
-        return "".join(text for text, _ in self.segments)
-
-    @property
-    def policy_text(self) -> str:
-        """The text without tool output."""
-        return "".join(text for text, own in self.segments if own)
-
-    @classmethod
-    def from_record(cls, record: dict, problem: Problem) -> Draft:
-        """Restore a draft from its line in drafts.jsonl."""
-        segments = [(text, own) for text, own in record["segments"]]
-        return cls(problem, segments, *(record[name] for name in ("statuses", "codes", "finished", "dropped")))
-
-
-# ---- prompt templates -----------------------------------------------------------------------------------------------
-
-
-class LineStop:
-    """Stop rule of the few-shot actor: a step is one line."""
-
-    def __init__(self) -> None:
-        self.seen = False
-
-    def feed(self, piece: str) -> bool:
-        self.seen |= bool(piece.strip())
-        return self.seen and "\n" in piece
-
-
-class CriticStop(FenceParser):
-    """Stop rule of the critic: the code block closes, or the reply starts with "none"."""
-
-    def feed(self, piece: str) -> bool:
-        return super().feed(piece) or says_none(self.text)
-
-
-def says_none(reply: str) -> bool:
-    """Return True if the critic decided that code cannot help with this step."""
-    return bool(re.match(r"\s*none\b", reply, re.IGNORECASE))
-
-
-class FewShot:
-    """Plain-text prompts for small models. Methods return (token ids, length of the prefix that requests share)."""
-
-    actor_stop = LineStop
-
-    def actor(self, tokenizer, question: str, solution: str) -> tuple[list[int], int]:
-        shared = encode(tokenizer, few_shot_actor(question))
-        return shared + encode(tokenizer, f"Question: {question}\n{solution}"), len(shared)
-
-    def critic(self, tokenizer, question: str, solution: str, step: str) -> tuple[list[int], int]:
-        shared = encode(tokenizer, few_shot_critic(question))
-        return shared + encode(tokenizer, f"Question: {question}\nStep: {step}\nRewrite:"), len(shared)
-
-    def is_last(self, step: str, finish: str) -> bool:
-        return finish == "eos" or "\\boxed" in step
-
-
-class Instruct:
-    """Chat prompts for capable models. The output of a reasoning model is processed in windows inside <think>."""
-
-    actor_stop = None  # a window has step_tokens tokens and is then cut at its last newline
-
-    def actor(self, tokenizer, question: str, solution: str) -> tuple[list[int], int]:
-        prompt = render_chat(tokenizer, question, ACTOR_INSTRUCT)
-        return prompt + encode(tokenizer, solution), len(prompt) - 1
-
-    def critic(self, tokenizer, question: str, solution: str, step: str) -> tuple[list[int], int]:
-        text = CRITIC_INSTRUCT.format(question=question, solution=solution or "(nothing yet)", step=step)
-        return render_chat(tokenizer, text), 0
-
-    def is_last(self, step: str, finish: str) -> bool:
-        return finish == "eos"
-
-
-TEMPLATES = {"few-shot": FewShot(), "instruct": Instruct()}
 
 
 # ---- actor and critic -----------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Step:
+    """What the actor wrote in one turn. code: the block that it wrote by itself after `prose`."""
+
+    prose: str
+    code: str | None
+    ended: bool  # this is the end of its solution
+
+
 class ActorCritic:
     """The actor-critic loop (paper, section 3.1). Its generators are tasks for `thor.rollout.drive`."""
 
-    def __init__(self, actor: Engine, critic: Engine, settings: Settings) -> None:
+    def __init__(self, actor: Engine, critic: Engine, prompts: Prompts, settings: Settings) -> None:
         self.actor, self.critic, self.settings = actor, critic, settings
-        self.template = TEMPLATES[settings.template]
+        self.actor_role = make_actor(actor.tokenizer, prompts.actor)
+        self.critic_role = make_critic(critic.tokenizer, prompts.critic)
+        self.judge_role = make_critic(critic.tokenizer, prompts.judge)
 
     def generate(self, problem: Problem, name: str) -> Task:
         """Generate one trajectory and return its Draft. `name` identifies its requests and determines its seeds."""
-        draft, budget = Draft(problem), self.settings.max_tokens
-        for number in range(self.settings.max_steps):
-            step, finish, used = yield from self.actor_step(draft, name, number, budget)
-            if draft.dropped:
-                break
-            budget -= used
-            last = self.template.is_last(step, finish)
-            if last or not step.strip() or after_think(draft.text + step):  # nothing to rewrite
-                draft.segments.append((step.rstrip() if last else step, True))
-                draft.finished = last
-            else:
-                budget -= yield from self.critic_step(draft, name, number, step)
-            if draft.finished or draft.dropped or budget <= 0 or not step.strip():
+        draft = Draft(problem, name)
+        draft.append(self.actor_role.opened)
+        for _ in range(self.settings.max_steps):
+            step = yield from self.actor_step(draft)
+            if not draft.dropped:
+                yield from self.critic_step(draft, step)
+            if draft.finished or draft.dropped:
                 break
         return draft
 
-    def actor_step(self, draft: Draft, name: str, number: int, budget: int) -> Task:
-        """Sample one reasoning step of at most L_step tokens. Return (text, finish reason, number of tokens)."""
-        tokenizer, settings = self.actor.tokenizer, self.settings
-        ids, shared = self.template.actor(tokenizer, draft.problem.question, draft.text)
-        if len(ids) >= self.actor.context:
-            draft.dropped = "too_long"
-            return "", "", 0
-        stop = self.template.actor_stop and self.template.actor_stop()
-        seed = derive_seed(settings.seed, name, number, "actor")
-        room = min(settings.step_tokens, budget)
-        request = Request(f"{name}/actor", ids, room, settings.temperature, seed=seed, stop=stop, shared=shared)
-        completion = yield Ask(self.actor, request)
-        step = decode(tokenizer, completion.token_ids)
-        if completion.finish == "length" and "\n" in step.strip():
-            step = step[: step.rstrip().rfind("\n") + 1]  # cut the window at its last newline
-        return step, completion.finish, len(completion.token_ids)
-
-    def critic_step(self, draft: Draft, name: str, number: int, step: str) -> Task:
-        """Append the step as reasoning, code and output, or unchanged if code cannot help.
-
-        Returns the number of tokens that the code costs. Sets `draft.dropped` if no attempt yields working code.
-        """
-        critic, settings, failure = self.critic, self.settings, ""
-        ids, shared = self.template.critic(critic.tokenizer, draft.problem.question, draft.text, step.strip())
-        if len(ids) >= critic.context:
-            draft.dropped = "too_long"
-            return 0
-        for attempt in range(settings.code_tries):
-            seed, stop = derive_seed(settings.seed, name, number, attempt), CriticStop()
-            request = Request(
-                f"{name}/critic", ids, settings.code_tokens, settings.temperature, seed=seed, stop=stop, shared=shared
-            )
-            completion = yield Ask(critic, request)
-            reply = FenceParser()
-            reply.feed(decode(critic.tokenizer, completion.token_ids))
-            if says_none(reply.text):
-                draft.segments.append((step, True))
-                return 0
-            if not reply.closed:
-                failure = "no_code"
-                continue
-            result = yield reply.code
-            if result.status == "infra":
-                failure = "infra"
+    def plain(self, problem: Problem, name: str) -> Task:
+        """Solve a problem by plain reasoning, without critic and code, and return the Draft."""
+        draft, role = Draft(problem, name, plain=True), self.actor_role
+        prompt = role.plain_prompt(problem.question)
+        for _ in range(self.settings.max_steps if role.one_line else 1):
+            ids = prompt[0] + encode_segments(self.actor.tokenizer, draft.segments)
+            stop = role.stop(self.settings.max_tokens)
+            text, finish = yield from self.ask(draft, "actor", (ids, prompt[1]), self.settings.max_tokens, stop)
+            draft.append(text)
+            draft.finished = role.is_last(text, finish)
+            if draft.finished or draft.dropped:
                 break
-            if result.passed:
-                text = tir_step(reply.text[: reply.open_at].strip(), reply.code.rstrip("\n"))
-                observed = observation_text(result.observation(), text)
-                draft.segments += [(text, True), (observed, False)]
-                draft.statuses.append(result.status)
-                draft.codes.append(reply.code)
-                return len(completion.token_ids) + len(encode(self.actor.tokenizer, observed))
-            failure = "code_failed"
-        draft.dropped = failure
-        return 0
+        return draft
+
+    def actor_step(self, draft: Draft) -> Task:
+        """Sample one reasoning step of at most L_step tokens, or up to the end of the actor's own code block."""
+        settings, role = self.settings, self.actor_role
+        prompt, shared = role.prompt(draft.problem.question)
+        said = encode_segments(self.actor.tokenizer, draft.segments, role.opened)
+        room = min(settings.max_tokens - len(said), settings.step_tokens + settings.code_tokens)
+        stop = role.stop(settings.step_tokens)
+        text, finish = yield from self.ask(draft, "actor", (prompt + said, shared), room, stop)
+        return read_step(draft, text, role.is_last(text, finish))
+
+    def critic_step(self, draft: Draft, step: Step) -> Task:
+        """Append a step to the draft, with its computations replaced by reasoning, code and output.
+
+        If an output differs from what the actor had worked out, the rest of the step builds on that, and is left out.
+        """
+        prose, own = step.prose, ""
+        if step.code is not None:  # the last line introduces the actor's block
+            cut = prose.rstrip().rfind("\n") + 1
+            prose, own = prose[:cut], prose[cut:]
+        start, end = thought_span(draft.policy_text, prose)
+        draft.append(prose[:start])
+        parts, at = self.critic_role.split(prose[start:end]), 0
+        for rewrite in (yield from self.judge(draft, parts)):
+            draft.append("".join(parts[at : rewrite.first]))
+            at = rewrite.last + 1
+            replaced = "".join(parts[rewrite.first : at])
+            output = yield from self.rewrite(draft, rewrite, replaced)
+            if draft.dropped:
+                return
+            rest = "".join(parts[at:]) + prose[end:] + own
+            if output is None:
+                draft.append(replaced)
+            elif not contract.agrees(output, replaced) or not rest.strip():
+                return  # the actor continues from the output
+        draft.append("".join(parts[at:]) + prose[end:])
+        if step.code is not None:
+            block = Rewrite(0, 0, own, step.code)
+            yield from self.rewrite(draft, block, tir_step(own.rstrip(), step.code), is_own=True)
+        elif step.ended and not draft.dropped:
+            draft.finished = True
+
+    def judge(self, draft: Draft, parts: list[str]) -> Task:
+        """Which of the parts code replaces: a list of Rewrite, which have no code yet if the critic has two calls."""
+        if not self.critic_role.can_judge(text := "".join(parts), draft.observed) or not text.strip():
+            return []
+        two_calls, told = self.settings.critic_calls == 2, ""
+        if len(parts) == 1 and not two_calls:
+            return [Rewrite(0, 0)]
+        for _ in range(self.settings.code_tries):
+            rewrites, fault, reply = yield from self.ask_critic(draft, parts, told, judge=two_calls)
+            if fault:
+                draft.rejected[fault] += 1
+                told = feedback(reply, FAULTS[fault])
+            if rewrites or not fault or draft.dropped:
+                break
+        return rewrites
+
+    def rewrite(self, draft: Draft, rewrite: Rewrite, replaced: str, is_own: bool = False) -> Task:
+        """Append reasoning, code and output in place of the text `replaced`. Returns the output.
+
+        Returns None and appends nothing if the critic says that code cannot help, or if no reply keeps the contract.
+        Code that fails is shown to the critic with its error. Sets `draft.dropped` if none works in the end.
+        is_own: the actor wrote the block, which need not keep the contract.
+        """
+        known = f"{draft.problem.question}\n{draft.text}"
+        indent = replaced[: len(replaced) - len(replaced.lstrip())]
+        reply, told, fault = "", "", ""
+        for attempt in range(self.settings.code_tries):
+            if attempt or not rewrite.code:
+                rewrites, fault, reply = yield from self.ask_critic(draft, [replaced], told)
+                if not fault and not rewrites:  # "none", or dropped
+                    return None
+                rewrite, is_own = (rewrites[0] if rewrites else rewrite), False
+            text = rewrite.logic if is_own else f"{indent}{rewrite.logic}\n"
+            text = f"{text}```python\n{rewrite.code.rstrip()}\n```\n"
+            if not is_own:
+                fault = fault or contract.contract_fault(rewrite, replaced, known)
+            if not fault:
+                result = yield rewrite.code
+                if result.status == "infra":
+                    draft.dropped = "infra"
+                    return None
+                if result.passed and (is_own or not contract.states_output(rewrite.logic, result.stdout, known)):
+                    draft.append_block(text, rewrite.code, result)
+                    return result.stdout
+                fault = "predicts_output" if result.passed else "code_failed"
+            if fault == "code_failed":
+                draft.errors[contract.error_type(result)] += 1
+                told = feedback(text, f"its code failed with {result.observation()}")
+            else:
+                draft.rejected[fault] += 1
+                told = feedback(reply, FAULTS[fault])
+        if fault == "code_failed":
+            draft.dropped = fault
+        return None
+
+    def ask_critic(self, draft: Draft, parts: list[str], told: str, judge: bool = False) -> Task:
+        """Show the critic a step. Returns (rewrites, fault, reply); neither rewrites nor a fault if it says none."""
+        role = self.judge_role if judge else self.critic_role
+        prompt = role.prompt(draft.problem.question, draft.text, parts, told)
+        stop = CriticStop(role.thinks, one_block=len(parts) == 1 and not judge)
+        reply, _ = yield from self.ask(draft, "critic", prompt, self.settings.code_tokens, stop)
+        answer = contract.skip_thought(reply, role.thinks)
+        if draft.dropped or (answer and contract.says_none(answer)):
+            return [], "", reply
+        if answer is None:
+            return [], "thought_unfinished", ""
+        parse = contract.parse_judgement if judge else contract.parse_rewrites
+        return *parse(answer, len(parts)), answer
+
+    def ask(self, draft: Draft, who: str, prompt: tuple[list[int], int], room: int, stop) -> Task:
+        """Sample one turn of at most `room` tokens. Returns (text without EOS, finish), or drops the draft."""
+        engine, s = (self.actor, self.settings) if who == "actor" else (self.critic, critic_sampling(self.settings))
+        ids, shared = prompt
+        if min(room, engine.context - len(ids)) <= 0:
+            draft.dropped = "too_long"
+            return "", "length"
+        seed = derive_seed(s.seed, draft.name, who, draft.requests)
+        request = Request(f"{draft.name}/{who}", ids, room, s.temperature, s.top_p, s.top_k, seed, stop, shared)
+        completion = yield Ask(engine, request)
+        draft.requests += 1
+        draft.tokens[who] += len(completion.token_ids)
+        sampled = completion.token_ids[:-1] if completion.finish == "eos" else completion.token_ids
+        return decode(engine.tokenizer, sampled), completion.finish
 
 
-def after_think(text: str) -> bool:
-    """Return True if a reasoning model has closed its <think> block, after which there must be no code."""
-    return "<think>" in text and "</think>" in text
+def critic_sampling(settings: Settings) -> Settings:
+    """The settings with the critic's temperature, top_p and top_k in place of the actor's."""
+    own = {name: getattr(settings, f"critic_{name}") for name in ("temperature", "top_p", "top_k")}
+    return replace(settings, **{name: value for name, value in own.items() if value is not None})
 
 
-# ---- filter: each stage maps drafts to the drafts that it keeps -----------------------------------------------------
+def read_step(draft: Draft, text: str, ended: bool) -> Step:
+    """Split what the actor wrote into prose and its own block. Drops the draft if nothing is left.
+
+    Text that the length limit cut off ends at its last newline. An output that the actor claims is cut off.
+    """
+    block = first_block(text)
+    prose, code = (text[: block.open_at], block.code) if block.open_at >= 0 else (text, None)
+    claimed = CLAIMED_OUTPUT.search(prose)
+    if claimed:
+        prose, code, fault = prose[: claimed.start()], None, "claimed_output"
+    elif block.open_at >= 0:
+        fault = "block_too_long"
+    else:
+        fault = "empty_step"
+        whole_lines = prose[: prose.rfind("\n") + 1]
+        if not ended and whole_lines.replace(THINK, "").strip():
+            prose = whole_lines
+    ended = ended and not claimed and block.open_at < 0
+    if not (prose.strip() or code is not None or ended or draft.dropped):
+        draft.dropped = fault
+    return Step(prose.rstrip() if ended else prose, code, ended)
 
 
-def keep_correct(drafts: list[Draft]) -> list[Draft]:
-    """Stage 1: every code block passed, and the answer is correct."""
-    return [draft for draft in drafts if is_correct(draft)]
-
-
-def is_correct(draft: Draft) -> bool:
-    if draft.dropped or any(status != "ok" for status in draft.statuses):
-        return False
-    answer = extract_answer(draft.policy_text)
-    return answer is not None and verify(answer, draft.problem.answer)
-
-
-def keep_well_formed(drafts: list[Draft], min_chars: int = 20, max_chars: int = 60_000) -> list[Draft]:
-    r"""Stage 2: finished, one non-empty \boxed, paired $, at most one closed <think>, no code after it, one script."""
-
-    def well_formed(draft: Draft) -> bool:
-        text, own = draft.text, draft.policy_text
-        prose = re.sub(r"```.*?```", "", own, flags=re.DOTALL)
-        opened, closed = own.count("<think>"), own.count("</think>")
-        return (
-            draft.finished
-            and own.count("\\boxed") == 1
-            and bool(extract_answer(own))
-            and prose.replace("\\$", "").count("$") % 2 == 0
-            and opened == closed <= 1
-            and "```python" not in own.partition("</think>")[2]
-            and has_one_script(prose)
-            and min_chars <= len(text) <= max_chars
-        )
-
-    return [draft for draft in drafts if well_formed(draft)]
-
-
-def has_one_script(text: str) -> bool:
-    """Return False if the text mixes Latin letters with CJK or Cyrillic ones, beyond 5% of all letters."""
-    letters = [c for c in re.sub(r"\\[A-Za-z]+", "", text) if c.isalpha()]  # without LaTeX commands
-    foreign = sum(
-        1 for c in letters if "\u0400" <= c <= "\u04ff" or "\u3040" <= c <= "\u9fff" or "\uac00" <= c <= "\ud7af"
-    )
-    return not letters or min(foreign, len(letters) - foreign) <= 0.05 * len(letters)
-
-
-def keep_unrepetitive(drafts: list[Draft], n: int = 20, max_count: int = 20) -> list[Draft]:
-    """Stage 3: no substring of n characters occurs more than `max_count` times."""
-
-    def highest_count(text: str) -> int:
-        return max(Counter(text[i : i + n] for i in range(len(text) - n + 1)).values(), default=0)
-
-    return [draft for draft in drafts if highest_count(draft.text) <= max_count]
-
-
-SUBSTANTIAL = re.compile(r"^\s*(import|from)\s|\b(for|while|if|def|lambda)\b|\b(?!print\b)[A-Za-z_]\w*\(", re.MULTILINE)
-
-
-def keep_substantial_code(drafts: list[Draft], share: float = 0.6) -> list[Draft]:
-    """Stage 4: at least `share` of the code blocks call a function or use control flow. Keeps drafts without code."""
-    return [d for d in drafts if sum(bool(SUBSTANTIAL.search(code)) for code in d.codes) >= share * len(d.codes)]
-
-
-def keep_one_per_problem(drafts: list[Draft]) -> list[Draft]:
-    """Stage 5: the shortest draft of each problem, in the order of the problems."""
-    shortest: dict[str, Draft] = {}
-    for draft in drafts:
-        other = shortest.setdefault(draft.problem.id, draft)
-        if len(draft.text) < len(other.text):
-            shortest[draft.problem.id] = draft
-    return list(shortest.values())
-
-
-def keep_balanced(drafts: list[Draft], easy: set[str], keep_one_call: float, seed: int) -> list[Draft]:
-    """Stage 6: a random half of the easy problems, and a random share of the trajectories with one tool call."""
-    kept = []
-    for draft in drafts:
-        share = (0.5 if draft.problem.id in easy else 1.0) * (keep_one_call if len(draft.codes) == 1 else 1.0)
-        if random.Random(derive_seed(seed, "balance", draft.problem.id)).random() < share:
-            kept.append(draft)
-    return kept
-
-
-def easy_problems(drafts: list[Draft]) -> set[str]:
-    """Return the ids of problems with at least two trajectories without code, all of them correct."""
-    correct: dict[str, list[bool]] = {}
-    for draft in drafts:
-        if not draft.codes and not draft.dropped:
-            correct.setdefault(draft.problem.id, []).append(is_correct(draft))
-    return {problem for problem, marks in correct.items() if len(marks) >= 2 and all(marks)}
-
-
-def filter_drafts(drafts: list[Draft], settings: Settings) -> tuple[list[Draft], dict[str, int]]:
-    """Apply all stages. Return the remaining drafts and the funnel: how many drafts remain after each stage."""
-    easy = easy_problems(drafts)
-    stages = {
-        "correct, code passed": keep_correct,
-        "format": keep_well_formed,
-        "no repetition": keep_unrepetitive,
-        "code quality": lambda drafts: keep_substantial_code(drafts, settings.min_substantial),
-        "one per problem": keep_one_per_problem,
-        "balance": lambda drafts: keep_balanced(drafts, easy, settings.keep_one_call, settings.seed),
-    }
-    funnel = {"tried": len(drafts)}
-    for name, stage in stages.items():
-        drafts = stage(drafts)
-        funnel[name] = len(drafts)
-    return drafts, funnel
-
-
-# ---- script ---------------------------------------------------------------------------------------------------------
+# ---- sampling -------------------------------------------------------------------------------------------------------
 
 
 def load_engines(settings: Settings) -> tuple[Engine, Engine]:
@@ -371,78 +322,122 @@ def load_engines(settings: Settings) -> tuple[Engine, Engine]:
     return actor, critic
 
 
-def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor, run: Run) -> list[Draft]:
-    """Generate all trajectories that drafts.jsonl does not have yet. Return all drafts in the order of the problems."""
+def list_tries(problems: list[Problem], settings: Settings) -> Iterator[tuple[str, Problem]]:
+    """(name, problem) of all tries. Those of a problem, and of problems with the same demonstrations, are neighbours.
+
+    So their common prefix stays in the engine's cache.
+    """
+    if settings.actor_prompt == FEW_SHOT:
+        problems = sorted(problems, key=lambda p: [d.question for d in nearest_demonstrations(p.question)])
+    for problem in problems:
+        yield from ((f"{problem.id}#{k}", problem) for k in range(settings.tries))
+        yield from ((f"{problem.id}#plain{k}", problem) for k in range(settings.plain_tries))
+
+
+def grade(draft: Draft) -> None:
+    """Verify the answer of a draft."""
+    answer = None if draft.dropped else draft.answer
+    draft.correct = answer is not None and verify(answer, draft.problem.answer)
+
+
+def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor, run: Run) -> None:
+    """Generate all tries that drafts.jsonl does not have yet. Each is appended when it has ended.
+
+    If a model server stops answering, what is in flight is lost, and sampled again once it answers.
+    """
     settings = loop.settings
-    # Neighbours in this order have similar prompts, so that their shared prefix stays in the engine's cache.
-    similar = sorted(problems, key=lambda p: loop.template.actor(loop.actor.tokenizer, p.question, "")[0])
-    names = {f"{p.id}#{k}": p for p in similar for k in range(settings.tries)}
-    records = [record for record in run.read("drafts.jsonl") if record["name"] in names]
-    drafts = {record["name"]: Draft.from_record(record, names[record["name"]]) for record in records}
-    todo = [name for name in names if name not in drafts]
-    correct = 0
+    done = read_names(run / "drafts.jsonl")
+    total = len(problems) * (settings.tries + settings.plain_tries)
+    shared = loop.actor is loop.critic  # half of the rows: the actor's cache is kept while the critic samples
+    in_flight = max(1, settings.rows // 2 if shared else settings.rows)
+    counts = {"kept": 0, "drafts": 0, "tokens": 0}
+    start = last = time.monotonic()
 
-    def done(i: int, draft: Draft) -> None:
-        nonlocal correct
-        drafts[todo[i]] = draft
-        run.append("drafts.jsonl", {"name": todo[i], **dataclasses.asdict(draft)})
-        correct += is_correct(draft)
+    def save(_: int, draft: Draft) -> None:
+        nonlocal last
+        run.append("drafts.jsonl", draft.to_record())
+        done.add(draft.name)
+        last = time.monotonic()
+        counts["drafts"] += not draft.plain
+        counts["kept"] += not draft.plain and not first_fault(draft, settings)[0]
+        counts["tokens"] += draft.tokens.total()
+        bar.set_postfix_str(
+            f"yield {counts['kept'] / max(1, counts['drafts']):.0%}, {counts['tokens'] / (last - start):.0f} tokens/s",
+            refresh=False,
+        )
         bar.update()
-        bar.set_postfix(correct=correct)
 
-    with tqdm(total=len(names), initial=len(drafts), desc="tirgen", unit="try") as bar:
-        tasks = [loop.generate(names[name], name) for name in todo]
-        in_flight = max(1, settings.rows // 2)  # half of the rows: the actor's cache is kept while the critic samples
-        deterministic = is_reproducible(loop.actor, loop.critic)
-        drive(tasks, loop.actor, executor, done, in_flight=in_flight, deterministic=deterministic)
-    return [drafts[f"{p.id}#{k}"] for p in problems for k in range(settings.tries)]
+    with tqdm(total=total, initial=len(done), desc="tirgen", unit="try") as bar:
+        while len(done) < total:
+            tasks = (
+                loop.plain(problem, name) if "#plain" in name else loop.generate(problem, name)
+                for name, problem in list_tries(problems, settings)
+                if name not in done
+            )
+            try:
+                deterministic = is_reproducible(loop.actor, loop.critic)
+                drive(tasks, loop.actor, executor, save, grade, in_flight=in_flight, deterministic=deterministic)
+            except ServerError as error:
+                if time.monotonic() - last > 60 * settings.patience:
+                    raise
+                tqdm.write(f"{error}; trying again in {RETRY_SECONDS} seconds")
+                time.sleep(RETRY_SECONDS)
 
 
-def histogram(values: list) -> dict[str, int]:
-    return {str(value): count for value, count in sorted(Counter(values).items())}
+# ---- script ---------------------------------------------------------------------------------------------------------
 
 
-def funnel_report(drafts: list[Draft], kept: list[Draft], funnel: dict[str, int]) -> dict:
-    """Return the contents of funnel.json."""
-    correct = Counter(draft.problem.id for draft in keep_correct(drafts))
-    return {
-        "funnel": funnel,
-        "dropped": histogram([d.dropped for d in drafts if d.dropped]),
-        "code_ratio": sum(bool(d.codes) for d in kept) / max(1, len(kept)),
-        "calls": histogram([len(d.codes) for d in kept]),
-        "characters": histogram([len(d.text) // 100 * 100 for d in kept]),
-        "right_of_tries": histogram([correct[problem] for problem in {d.problem.id for d in drafts}]),
+def resolve(settings: Settings) -> Settings:
+    """Fill in the defaults that depend on the models."""
+    settings = fill_defaults(settings, settings.actor, DEMO_MODEL)
+    critic = settings.critic or settings.actor
+    names = {
+        "actor_prompt": settings.actor_prompt or (FEW_SHOT if settings.actor == DEMO_MODEL else "actor"),
+        "critic_prompt": settings.critic_prompt or (FEW_SHOT if critic == DEMO_MODEL else "critic"),
     }
+    return replace(settings, critic=critic, **names)
 
 
-def to_row(draft: Draft) -> dict:
-    """Return a line of tir.jsonl. It holds text, so that run_sft.py can use any model's tokenizer."""
-    segments = [{"text": text, "sampled": own} for text, own in draft.segments]
-    problem = draft.problem
-    return {"id": problem.id, "question": problem.question, "answer": problem.answer, "segments": segments}
+def prepare_problems(settings: Settings) -> tuple[list[Problem], dict[str, int]]:
+    """Load the problems of this shard. Returns them, and how many are left out by test set."""
+    with user_errors("--data"):
+        problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
+    with user_errors("--exclude"):
+        problems, excluded = exclude(problems, settings.exclude, lambda name: load_problems(name, split="test"))
+    with user_errors():
+        if not problems:
+            raise UserError(f"--exclude {settings.exclude}: no problem is left")
+        return take_shard(problems, settings.shard), excluded
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_settings(Settings, __doc__, argv)
+    settings = resolve(parse_settings(Settings, __doc__, argv))
     with user_errors():
         run = Run(settings.out, settings, settings.resume)
-    with user_errors("--data"):
-        problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
-    with Executor(timeout=settings.timeout, memory_mb=settings.memory_mb) as executor:
-        with user_errors():
-            loop = ActorCritic(*load_engines(settings), settings)
-            run.start()
-        drafts = sample_drafts(loop, problems, executor, run)
-    kept, funnel = filter_drafts(drafts, settings)
-    report = funnel_report(drafts, kept, funnel)
-    run.write_json("funnel.json", report)
-    width = max(map(len, funnel))
-    print("\n".join(f"{name:{width}s} {count:6d}" for name, count in funnel.items()))
-    print(f"dropped: {report['dropped']}, code ratio of the kept trajectories: {report['code_ratio']:.2f}")
-    if not kept:
-        raise SystemExit(f"run_tirgen.py: no trajectory passed the filter; see {run / 'funnel.json'}")
-    write_atomic(run / "tir.jsonl", "".join(json.dumps(to_row(d), ensure_ascii=False) + "\n" for d in kept))
-    print(f"{len(kept)} trajectories in {run / 'tir.jsonl'}")
+        prompts = load_prompts(settings.actor_prompt, settings.critic_prompt, settings.judge_prompt)
+    problems, excluded = prepare_problems(settings)
+    if settings.dry_run:
+        print(report.dry_run(problems, excluded, prompts, settings))
+        return
+    folders = [Path(name.strip()) for name in settings.merge.split(",") if name.strip()]
+    total = len(problems) * (settings.tries + settings.plain_tries)
+    if not folders and len(read_names(run / "drafts.jsonl")) < total:
+        with Executor(timeout=settings.timeout, memory_mb=settings.memory_mb) as executor:
+            with user_errors():
+                loop = ActorCritic(*load_engines(settings), prompts, settings)
+                run.start()
+            sample_drafts(loop, problems, executor, run)
+    run.start()
+    with user_errors("--merge" if folders else ""):
+        selection = select(read_drafts(folder / "drafts.jsonl" for folder in folders or [run.folder]), settings)
+    statistics = write_rows(run / "tir.jsonl", selection)
+    summary = report.summary(selection, statistics, excluded)
+    run.write_json("summary.json", summary)
+    print(report.table(summary))
+    report.preview(read_draft(candidate.where) for candidate in selection.kept[: settings.preview])
+    if not selection.kept:
+        raise SystemExit(f"run_tirgen.py: no trajectory passed the filter; see {run / 'summary.json'}")
+    print(f"{len(selection.kept)} trajectories in {run / 'tir.jsonl'}")
 
 
 if __name__ == "__main__":

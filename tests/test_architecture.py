@@ -1,6 +1,6 @@
 """The structure of the code: layers whose imports point one way, and limits on the length of files and functions.
 
-    scripts (run_*.py)  ->  packages (training, engines, sandbox, demo)  ->  core (thor/*.py)  ->  bottom
+    scripts (run_*.py)  ->  packages (training, engines, sandbox, demo, tirgen)  ->  core (thor/*.py)  ->  bottom
 
 Core modules may use a package too, but only the public names of its root.
 """
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("run_*.py"))
-PACKAGES = {"training", "engines", "sandbox", "demo"}
+PACKAGES = {"training", "engines", "sandbox", "demo", "tirgen"}
 BOTTOM = {"thor.trajectory", "thor.text", "thor.prompts"}
 SOURCES = {  # module -> file
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -1,36 +1,69 @@
-"""Tests of the actor-critic loop with scripted models, and of each filter stage."""
+"""Tests of the actor-critic loop with scripted models, for plain, chat and reasoning actors."""
 
-import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ScriptedEngine, ScriptedExecutor, passes_unless_bad
+from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer
 
 from run_sft import to_ledger
-from run_tirgen import (
-    ActorCritic,
-    Draft,
-    Settings,
-    easy_problems,
-    filter_drafts,
-    keep_balanced,
-    keep_correct,
-    keep_one_per_problem,
-    keep_substantial_code,
-    keep_unrepetitive,
-    keep_well_formed,
-    sample_drafts,
-    says_none,
-    to_row,
-)
+from run_tirgen import ActorCritic, Settings, critic_sampling, grade, resolve, sample_drafts
 from thor.demo.few_shot import DEMONSTRATIONS, nearest_demonstrations
+from thor.prompts import TIRGEN_PROMPTS
 from thor.rollout import drive
 from thor.run_folder import Run
 from thor.text import decode
+from thor.tirgen.draft import Draft
+from thor.tirgen.filters import FilterSettings, Rates, first_fault
+from thor.tirgen.roles import Prompts
+from thor.tirgen.store import read_drafts, to_row
 from thor.trajectory import ExecResult, Problem
 
 PROBLEM = Problem("p", "What is 2 + 2?", "4")
+BLOCK = "Add the numbers.\n```python\nprint(2 + 2)\n```"
+# The shape of Qwen3's chat template; `OPENS` is that of models whose template opens the thought.
+QWEN3 = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
+OPENS = QWEN3 + "{% if enable_thinking is not defined %}<think>\n{% endif %}"
+
+
+def chat_tokenizer(template: str = QWEN3):
+    tokenizer = byte_tokenizer(("<think>", "</think>"))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def adds(code: str) -> ExecResult:
+    """A judge for ScriptedExecutor that evaluates `print(...)`; code that contains 'bad' fails."""
+    if "bad" in code:
+        return ExecResult("error", "", "NameError: name 'bad' is not defined (line 1)")
+    return ExecResult("ok", f"{eval(code.strip().removeprefix('print'))}\n")
+
+
+def build(tokenizer, actor_replies, critic_replies, prompts="few-shot", judge=adds, **settings):
+    """Generate one draft with an engine that plays both actor and critic. Returns (draft, engine)."""
+
+    def reply(request, turn):
+        replies = actor_replies if request.id.endswith("/actor") else critic_replies
+        return replies[min(turn, len(replies) - 1)]
+
+    engine, executor = ScriptedEngine(tokenizer, reply), ScriptedExecutor(judge)
+    limits = {"step_tokens": 4000, "code_tokens": 4000, "max_tokens": 20_000}
+    settings = resolve(Settings(**limits | settings))
+    chat = Prompts(*(TIRGEN_PROMPTS[name] for name in ("actor", "critic", "judge")))
+    chosen = chat if prompts == "chat" else Prompts("few-shot", "few-shot", TIRGEN_PROMPTS["judge"])
+    loop = ActorCritic(engine, engine, chosen, settings)
+    [draft] = drive([loop.generate(PROBLEM, "p#0")], engine, executor, grade=grade)
+    return draft, engine
+
+
+def asked(engine, who: str) -> list[str]:
+    """The prompts that actor or critic got, as text."""
+    requests = [r for r in engine.requests if r.id.endswith(who)]
+    return [engine.tokenizer.decode(r.token_ids) for r in requests]
 
 
 def test_demonstrations_print_their_recorded_output(executor):
@@ -44,79 +77,272 @@ def test_most_similar_demonstration_comes_last():
     assert "primerange" in nearest_demonstrations("Count the primes between 5 and 77.")[-1].code
 
 
-# ---- actor and critic -----------------------------------------------------------------------------------------------
-
-
-def build(tokenizer, actor_replies, critic_replies, **settings):
-    """Generate one draft with an engine that plays both actor and critic."""
-
-    def reply(request, turn):
-        replies = actor_replies if request.id.endswith("/actor") else critic_replies
-        return replies[min(turn, len(replies) - 1)]
-
-    engine, executor = ScriptedEngine(tokenizer, reply), ScriptedExecutor(passes_unless_bad)
-    settings = Settings(**{"step_tokens": 400, "code_tokens": 400, "max_tokens": 4000, **settings})
-    [draft] = drive([ActorCritic(engine, engine, settings).generate(PROBLEM, "p#0")], engine, executor)
-    return draft, engine
-
-
-BLOCK = "Add.\n```python\nprint(2 + 2)\n```"
+# ---- steps of one line ----------------------------------------------------------------------------------------------
 
 
 def test_code_replaces_the_step_and_the_actor_continues_from_it(tokenizer):
-    draft, engine = build(tokenizer, ["We get 5.\n", "The answer is \\boxed{4}.\n"], [BLOCK])
-    assert [own for _, own in draft.segments] == [True, False, True] and draft.finished and not draft.dropped
-    assert draft.segments[0][0] == "Add.\n```python\nprint(2 + 2)\n```\n"
-    assert "We get 5" not in draft.text  # the actor's own result is removed
-    last = engine.requests[-1]
-    assert decode(tokenizer, last.token_ids).endswith(draft.segments[0][0] + draft.segments[1][0])
-    assert keep_correct([draft]) == [draft]
+    draft, engine = build(tokenizer, ["Add the numbers: 5.\n", "The answer is \\boxed{4}.\n"], [BLOCK, "none\n"])
+    assert draft.segments == [
+        ("Add the numbers.\n```python\nprint(2 + 2)\n```\n", True),
+        ("```output\n4\n```\n", False),
+        ("The answer is \\boxed{4}.", True),
+    ]
+    assert draft.finished and draft.correct and not draft.dropped
+    [*_, last] = asked(engine, "actor")
+    assert last.endswith(draft.segments[0][0] + draft.segments[1][0])
 
 
 def test_step_is_kept_if_the_critic_says_none(tokenizer):
-    draft, _ = build(tokenizer, ["Think.\n", "So \\boxed{4}.\n"], [" none"])
-    assert draft.text == "Think.\nSo \\boxed{4}." and draft.codes == []
+    draft, _ = build(tokenizer, ["Think.\n", "So \\boxed{4}.\n"], [" none\n"])
+    assert draft.text == "Think.\nSo \\boxed{4}." and draft.codes == [] and draft.finished
 
 
-def test_failing_code_is_retried_before_the_draft_is_dropped(tokenizer):
-    bad = "Add.\n```python\nbad\n```"
-    draft, _ = build(tokenizer, ["x\n", "\\boxed{4}\n"], [bad, BLOCK], code_tries=2)
-    assert draft.codes == ["print(2 + 2)\n"] and not draft.dropped
-    draft, engine = build(tokenizer, ["x\n"], [bad], code_tries=2)
-    assert draft.dropped == "code_failed" and sum(r.id.endswith("critic") for r in engine.requests) == 2
-    draft, _ = build(tokenizer, ["x\n"], ["no block here"], code_tries=2)
-    assert draft.dropped == "no_code"
+def test_the_critic_judges_the_first_and_the_last_step(tokenizer):
+    draft, engine = build(tokenizer, ["Add the numbers: \\boxed{4}\n", "So \\boxed{4}.\n"], [BLOCK, "none\n"])
+    assert draft.codes == ["print(2 + 2)\n"] and draft.text.endswith("So \\boxed{4}.") and draft.finished
+    draft, engine = build(tokenizer, ["Add the numbers.\n", "So \\boxed{5}.\n"], [BLOCK, "none\n"])
+    assert len(asked(engine, "critic")) == 2
 
 
-def test_windows_of_a_reasoning_model_end_at_a_newline_and_inside_think(tokenizer):
-    actor = ["<think>\nline one\nline tw", "line two\n</think>\nThe answer is \\boxed{4}"]
-    draft, _ = build(tokenizer, actor, ["none"], template="instruct", step_tokens=len(actor[0]))
-    assert draft.text.startswith("<think>\nline one\nline two") and "line twline" not in draft.text
-    draft, engine = build(tokenizer, ["<think>\nx\n</think>\n\\boxed{4}"], [BLOCK], template="instruct")
-    assert not any(r.id.endswith("critic") for r in engine.requests) and draft.finished
+def test_an_answer_that_repeats_the_output_is_not_shown_to_a_few_shot_critic(tokenizer):
+    draft, engine = build(tokenizer, ["Add the numbers.\n", "So \\boxed{4}.\n"], [BLOCK])
+    assert draft.finished and draft.correct and len(asked(engine, "critic")) == 1
 
 
-def test_says_none_matches_the_first_word_only():
-    assert says_none(" None.") and says_none("none\n") and not says_none("nonesuch") and not says_none("Add none")
+@pytest.mark.parametrize("reply", ["none", "None.", "**none**", "<think>\nShall I? ```python\n1\n```\n</think>\nnone"])
+def test_a_decision_against_code_takes_many_forms(reply):
+    draft, _ = build(chat_tokenizer(), ["It is \\boxed{4}."], [reply], "chat")
+    assert draft.text == "It is \\boxed{4}." and draft.finished and not draft.rejected
 
 
-def test_none_after_a_failed_attempt_keeps_the_draft(tokenizer):
-    draft, _ = build(tokenizer, ["Think.\n", "So \\boxed{4}.\n"], ["no block here", "none"], code_tries=2)
-    assert not draft.dropped and draft.text == "Think.\nSo \\boxed{4}."
+def test_none_as_the_first_word_of_a_sentence_before_a_block_is_no_decision_against_code():
+    reply = "None of the numbers needs care, add:\n```python\nprint(2 + 2)\n```"
+    draft, _ = build(
+        chat_tokenizer(), ["Add the numbers, none needs care: 4.\n", "\\boxed{4}"], [reply, "none"], "chat"
+    )
+    assert draft.codes == ["print(2 + 2)\n"] and draft.correct
 
 
-def test_window_that_closes_think_is_not_rewritten(tokenizer):
-    actor = "<think>\nx\n</think>\nThe sum is\nfour and mo"
-    draft, engine = build(tokenizer, [actor, "\\boxed{4}"], [BLOCK], template="instruct", step_tokens=len(actor))
-    assert draft.text == "<think>\nx\n</think>\nThe sum is\n\\boxed{4}"
-    assert not any(r.id.endswith("critic") for r in engine.requests)
+def test_failed_code_goes_back_to_the_critic_with_its_error():
+    bad = "Add the numbers.\n```python\nprint(bad + 2)\n```"
+    draft, engine = build(chat_tokenizer(), ["Add the numbers: 4.\n", "\\boxed{4}"], [bad, BLOCK, "none"], "chat")
+    assert draft.codes == ["print(2 + 2)\n"] and draft.errors == {"NameError": 1} and draft.correct
+    first, second, _ = asked(engine, "critic")
+    assert "NameError" not in first and "name 'bad' is not defined" in second and "print(bad + 2)" in second
+
+
+def test_a_draft_whose_code_never_works_is_dropped(tokenizer):
+    bad = "Add the numbers.\n```python\nprint(bad + 2)\n```"
+    draft, engine = build(tokenizer, ["Add the numbers.\n"], [bad], code_tries=3)
+    assert draft.dropped == "code_failed" and draft.errors == {"NameError": 3} and len(asked(engine, "critic")) == 3
+
+
+def test_a_rewrite_that_breaks_the_contract_is_counted_and_the_step_is_kept(tokenizer):
+    claims = "Add the numbers, which gives 4.\n```python\nprint(2 + 2)\n```"
+    draft, _ = build(tokenizer, ["Add the numbers.\n", "\\boxed{4}\n"], [claims, "no block", "none\n"], code_tries=2)
+    assert draft.text == "Add the numbers.\n\\boxed{4}" and not draft.dropped
+    assert draft.rejected == {"predicts_output": 1, "no_code": 1}
+
+
+def test_a_claim_of_the_real_output_is_found_after_the_run(tokenizer):
+    claims = "Subtract 30 from 70, or 40 from 80.\n```python\nprint(70 - 30 + 0 * 40 * 80)\n```"
+    draft, _ = build(tokenizer, ["Subtract 30 from 70.\n", "\\boxed{4}\n"], [claims, claims, "none\n"])
+    assert draft.rejected == {"predicts_output": 2} and draft.codes == []
+
+
+def test_infra_faults_drop_the_draft(tokenizer):
+    draft, _ = build(tokenizer, ["Add the numbers.\n"], [BLOCK], judge=lambda code: ExecResult("infra"))
+    assert draft.dropped == "infra" and not draft.correct
 
 
 def test_prompt_longer_than_the_context_drops_the_draft(tokenizer):
     engine = ScriptedEngine(tokenizer, lambda request, turn: "x\n", context=100)
-    task = ActorCritic(engine, engine, Settings()).generate(PROBLEM, "p#0")
-    [draft] = drive([task], engine, ScriptedExecutor(passes_unless_bad))
+    loop = ActorCritic(engine, engine, Prompts("few-shot", "few-shot", TIRGEN_PROMPTS["judge"]), resolve(Settings()))
+    [draft] = drive([loop.generate(PROBLEM, "p#0")], engine, ScriptedExecutor(adds))
     assert draft.dropped == "too_long" and not engine.requests
+
+
+def test_actor_and_critic_sample_with_settings_of_their_own(tokenizer):
+    _, engine = build(tokenizer, ["Add the numbers.\n", "\\boxed{4}\n"], [BLOCK, "none\n"], temperature=0.6, top_k=30)
+    assert {(r.temperature, r.top_k) for r in engine.requests} == {(0.6, 30)}
+    own = {"critic_temperature": 0.0, "critic_top_k": 0, "critic_top_p": 0.9}
+    _, engine = build(tokenizer, ["Add.\n", "\\boxed{4}\n"], [BLOCK, "none\n"], temperature=0.6, top_k=30, **own)
+    for request in engine.requests:
+        expected = (0.6, 30, 1.0) if request.id.endswith("actor") else (0.0, 0, 0.9)
+        assert (request.temperature, request.top_k, request.top_p) == expected
+    assert critic_sampling(Settings(temperature=0.3)).temperature == 0.3
+
+
+# ---- blocks and outputs that the actor writes by itself -------------------------------------------------------------
+
+OWN = "Add the numbers.\n```python\nprint(2 + 2)\n```\n```output\n5\n```\nSo it is \\boxed{5}."
+
+
+@pytest.mark.parametrize("prompts", ["few-shot", "chat"])
+def test_a_block_that_the_actor_writes_is_run_and_its_claimed_output_is_cut(prompts):
+    actor = [OWN, "So it is \\boxed{4}."]
+    if prompts == "few-shot":  # a step is one line
+        actor = ["Add the numbers.\n", OWN.partition("\n")[2], "So it is \\boxed{4}."]
+    draft, _ = build(chat_tokenizer(), actor, ["none\n"], prompts)
+    assert draft.segments == [
+        ("Add the numbers.\n```python\nprint(2 + 2)\n```\n", True),
+        ("```output\n4\n```\n", False),
+        ("So it is \\boxed{4}.", True),
+    ]
+    assert draft.correct and draft.finished and first_fault(draft, FilterSettings()) == ("", "")
+
+
+def test_a_failed_block_of_the_actor_goes_to_the_critic():
+    own = "Add the numbers.\n```python\nprint(bad + 2)\n```"
+    draft, engine = build(chat_tokenizer(), [own, "\\boxed{4}"], [BLOCK, "none"], "chat")
+    assert draft.codes == ["print(2 + 2)\n"] and draft.errors == {"NameError": 1} and draft.correct
+    [prompt, _] = asked(engine, "critic")
+    assert "print(bad + 2)" in prompt and "is not defined" in prompt
+
+
+def test_the_line_before_a_block_of_the_actor_is_not_replaced_by_code_too():
+    own = "First, look at it.\nAdd the numbers.\n```python\nprint(2 + 2)\n```"
+    draft, engine = build(chat_tokenizer(), [own, "\\boxed{4}"], ["none"], "chat")
+    assert draft.codes == ["print(2 + 2)\n"]
+    assert "Add the numbers" not in asked(engine, "critic")[0].rpartition("Next step:")[2]
+
+
+def test_an_output_without_a_block_is_cut():
+    actor = ["It is easy.\n```output\n5\n```\nSo \\boxed{5}", "So it is \\boxed{4}."]
+    draft, _ = build(chat_tokenizer(), actor, ["none"], "chat")
+    assert draft.text == "It is easy.\nSo it is \\boxed{4}." and draft.correct
+    draft, _ = build(chat_tokenizer(), ["```output\n5\n```\nSo \\boxed{5}"], ["none"], "chat")
+    assert draft.dropped == "claimed_output"
+
+
+def test_a_block_may_be_longer_than_a_step():
+    code = "print(" + "1 + " * 50 + "0)"
+    actor = [f"Add the numbers.\n```python\n{code}\n```", "\\boxed{4}"]
+    draft, _ = build(chat_tokenizer(), actor, ["none"], "chat", step_tokens=40, code_tokens=400)
+    assert draft.codes == [f"{code}\n"]
+    draft, _ = build(chat_tokenizer(), [f"```python\n{code}\n```"], ["none"], "chat", step_tokens=40, code_tokens=40)
+    assert draft.dropped == "block_too_long"
+
+
+# ---- windows --------------------------------------------------------------------------------------------------------
+
+WINDOW = "Let me see.\nFirst 17 * 3 is 51. Then 51 + 9 = 60, good.\nWait, is that all? Yes.\nThe sum is \\boxed{60}."
+TWO_SPANS = (
+    "[2] Multiply the first two: 17 * 3.\n```python\nprint(17 * 3)\n```\n"
+    "[3] Then add 9 to 51.\n```python\nprint(51 + 9)\n```\n"
+)
+
+
+def test_several_spans_of_a_window_are_replaced_and_the_rest_stays_word_for_word():
+    draft, engine = build(chat_tokenizer(), [WINDOW], [TWO_SPANS], "chat")
+    assert "[1] Let me see.\n[2] First 17 * 3 is 51.\n[3] Then" in asked(engine, "critic")[0]
+    assert draft.text == (
+        "Let me see.\nMultiply the first two: 17 * 3.\n```python\nprint(17 * 3)\n```\n```output\n51\n```\n"
+        "Then add 9 to 51.\n```python\nprint(51 + 9)\n```\n```output\n60\n```\n"
+        "Wait, is that all? Yes.\nThe sum is \\boxed{60}."
+    )
+    assert draft.finished and len(draft.codes) == 2
+
+
+def test_two_calls_judge_and_then_rewrite_each_span():
+    rewrites = [part.partition("] ")[2] for part in TWO_SPANS.split("[")[1:]]
+    draft, engine = build(chat_tokenizer(), [WINDOW], ["2, 3", *rewrites], "chat", critic_calls=2)
+    one_call, _ = build(chat_tokenizer(), [WINDOW], [TWO_SPANS], "chat")
+    assert draft.text == one_call.text and len(asked(engine, "critic")) == 3
+    draft, engine = build(chat_tokenizer(), [WINDOW], ["none"], "chat", critic_calls=2)
+    assert draft.text == WINDOW and len(asked(engine, "critic")) == 1
+
+
+def test_text_that_builds_on_another_result_is_cut_and_the_actor_continues():
+    wrong = WINDOW.replace("51", "41").replace("60", "50")
+    first = TWO_SPANS[: TWO_SPANS.index("[3]")]
+    draft, engine = build(chat_tokenizer(), [wrong, "So \\boxed{60}."], [first, "none"], "chat")
+    assert draft.text == (
+        "Let me see.\nMultiply the first two: 17 * 3.\n```python\nprint(17 * 3)\n```\n```output\n51\n```\n"
+        "So \\boxed{60}."
+    )
+    assert draft.finished and len(asked(engine, "actor")) == 2
+
+
+def test_a_span_whose_code_breaks_the_contract_is_asked_for_again_alone():
+    claims = TWO_SPANS.replace("Then add 9 to 51", "Then add 9 to 51, which is 60")
+    again = "Then add 9 to 51.\n```python\nprint(51 + 9)\n```"
+    draft, engine = build(chat_tokenizer(), [WINDOW], [claims, again], "chat")
+    assert len(draft.codes) == 2 and draft.rejected == {"predicts_output": 1} and draft.finished
+    assert asked(engine, "critic")[1].rpartition("Next step:\n")[2].startswith("Then 51 + 9 = 60, good.")
+
+
+def test_windows_end_at_a_newline():
+    actor = ["line one\nline tw", "line two\nSo the answer", "So \\boxed{4}"]
+    draft, _ = build(chat_tokenizer(), actor, ["none"], "chat", step_tokens=len("line one\nline tw"))
+    assert draft.text == "line one\nline two\nSo \\boxed{4}"
+
+
+# ---- reasoning models -----------------------------------------------------------------------------------------------
+
+THOUGHT = "<think>\nAdd the numbers: 4.\nThat is all.\n</think>\n\nThe answer is \\boxed{4}."
+SPAN = "[1] Add the numbers.\n```python\nprint(2 + 2)\n```"
+RESULT = (
+    "<think>\nAdd the numbers.\n```python\nprint(2 + 2)\n```\n```output\n4\n```\n"
+    "That is all.\n</think>\n\nThe answer is \\boxed{4}."
+)
+
+
+def test_the_thought_survives_a_rewrite_and_what_stands_behind_it_is_not_judged():
+    draft, engine = build(chat_tokenizer(), [THOUGHT], [SPAN], "chat")
+    assert draft.text == RESULT and draft.finished and draft.correct
+    assert first_fault(draft, FilterSettings()) == ("", "")
+    [prompt] = asked(engine, "critic")
+    step = prompt.rpartition("Next step:\n")[2]
+    assert "[2] That is all." in step and "boxed" not in step and "<think>\nAdd" not in step
+
+
+def test_a_thought_that_the_template_opens_is_rendered_once():
+    draft, engine = build(chat_tokenizer(OPENS), [THOUGHT.removeprefix("<think>\n")], [SPAN], "chat")
+    assert draft.text == RESULT and draft.finished
+    assert first_fault(draft, FilterSettings()) == ("", "")
+    [prompt] = asked(engine, "actor")
+    assert prompt.endswith("assistant\n<think>\n") and prompt.count("<think>") == 1
+
+
+def test_a_first_window_of_one_line_keeps_its_think():
+    window = "<think>\nAdd the numbers: 5.\n"
+    actor = [window, "That is all.\n</think>\nThe answer"]
+    tokens = len(window) - len("<think>") + 1
+    draft, _ = build(chat_tokenizer(), [*actor, "\\boxed{4}"], [BLOCK, "none"], "chat", step_tokens=tokens)
+    assert draft.text.startswith("<think>\nAdd the numbers.\n```python") and draft.finished
+    assert first_fault(draft, FilterSettings()) == ("", "")
+
+
+def test_the_thought_is_one_token_where_the_tokenizer_has_it():
+    tokenizer = chat_tokenizer()
+    draft, engine = build(
+        tokenizer,
+        ["<think>\nAdd the numbers: 5.\n", "x\n</think>\n\\boxed{4}"],
+        [BLOCK, "none"],
+        "chat",
+        step_tokens=22,
+    )
+    *_, last = (r for r in engine.requests if r.id.endswith("actor"))
+    assert last.token_ids.count(tokenizer.convert_tokens_to_ids("<think>")) == 1 and "<think>" in draft.text
+
+
+def test_thinking_of_the_critic_is_switched_off():
+    _, engine = build(chat_tokenizer(OPENS), [THOUGHT.removeprefix("<think>\n")], [SPAN], "chat")
+    assert asked(engine, "critic")[0].endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_blocks_in_the_thought_of_the_critic_are_not_run():
+    thought = "<think>\nMaybe\n```python\nprint(bad + 2)\n```\nor not.\n</think>\n"
+    draft, _ = build(chat_tokenizer(), ["Add the numbers: 4.\n", "\\boxed{4}"], [thought + BLOCK, "none"], "chat")
+    assert draft.codes == ["print(2 + 2)\n"] and not draft.errors and "Maybe" not in draft.text
+    draft, _ = build(
+        chat_tokenizer(), ["Add the numbers: 4. \\boxed{4}"], ["<think>\nHm" + BLOCK], "chat", code_tries=2
+    )
+    assert draft.rejected == {"thought_unfinished": 2} and draft.codes == []
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
 
 
 class SlowTools(ThreadPoolExecutor):
@@ -141,140 +367,70 @@ def batch_steps(engine: ScriptedEngine) -> ScriptedEngine:
     return engine
 
 
+def few_shot_loop(engine, **settings) -> ActorCritic:
+    settings = resolve(Settings(**{"step_tokens": 400, "code_tokens": 400, "max_tokens": 4000} | settings))
+    return ActorCritic(engine, engine, Prompts("few-shot", "few-shot", TIRGEN_PROMPTS["judge"]), settings)
+
+
 def test_order_of_requests_is_independent_of_tool_speed(tokenizer, tmp_path):
     def sample(name: str, delays: list[float]):
         engine = batch_steps(ScriptedEngine(tokenizer, reply))
-        settings = Settings(step_tokens=400, code_tokens=400, max_tokens=4000, tries=1, out=str(tmp_path / name))
-        run = Run(settings.out, settings, resume=False)
+        loop = few_shot_loop(engine, tries=1, out=str(tmp_path / name))
+        run = Run(loop.settings.out, loop.settings, resume=False)
         run.start()
         with SlowTools(delays) as tools:
-            drafts = sample_drafts(ActorCritic(engine, engine, settings), problems, tools, run)
-        return [request.id for request in engine.requests], drafts
+            sample_drafts(loop, problems, tools, run)
+        return [request.id for request in engine.requests], [d for _, d in read_drafts([run / "drafts.jsonl"])]
 
     def reply(request, turn):
-        return BLOCK if request.id.endswith("/critic") else ("The answer is \\boxed{4}." if turn else "Think.\n")
+        if request.id.endswith("/critic"):
+            return "none\n" if turn else BLOCK
+        return "The answer is \\boxed{4}.\n" if turn else "Add the numbers.\n"
 
     problems = [Problem(f"p{i}", f"What is {i} + 2?", str(i + 2)) for i in range(4)]
     delays = [0.0, 0.05, 0.1, 0.15]
     order, drafts = sample("fast first", delays)
-    assert (order, drafts) == sample("slow first", delays[::-1]) and len(order) == 12
-    assert [draft.problem for draft in drafts] == problems
+    other_order, other_drafts = sample("slow first", delays[::-1])
+    assert order == other_order and len(order) == 12
+    assert {d.problem for d in drafts} == set(problems) and len(drafts) == 4
+    assert sorted(map(repr, drafts)) == sorted(map(repr, other_drafts))
 
 
-def test_order_of_the_drafts_file_does_not_matter(tokenizer, tmp_path):
+def test_plain_reasoning_is_sampled_for_the_difficulty(tokenizer, tmp_path):
     def reply(request, turn):
-        return random.Random(request.id).choice(["So \\boxed{4}.", "So \\boxed{5}."])
+        return (
+            "The answer is \\boxed{4}.\n"
+            if "#plain0" in request.id
+            else "Add.\n"
+            if "#plain" in request.id
+            else "\\boxed{5}\n"
+        )
 
-    problems = [Problem(f"p{i}", f"What is {i} + 2?", "4") for i in range(4)]
-    engine, settings = ScriptedEngine(tokenizer, reply), Settings(out=str(tmp_path / "run"))
-    run, loop = Run(settings.out, settings, resume=False), ActorCritic(engine, engine, settings)
+    engine = ScriptedEngine(tokenizer, lambda r, turn: "none\n" if r.id.endswith("/critic") else reply(r, turn))
+    loop = few_shot_loop(engine, tries=1, plain_tries=2, out=str(tmp_path / "run"))
+    run = Run(loop.settings.out, loop.settings, resume=False)
     run.start()
-    executor = ScriptedExecutor(passes_unless_bad)
-    drafts = sample_drafts(loop, problems, executor, run)
-    lines = (run / "drafts.jsonl").read_text().splitlines(keepends=True)
-    (run / "drafts.jsonl").write_text("".join(lines[:2:-1]))
-    assert sample_drafts(loop, problems, executor, run) == drafts
-
-
-# ---- filter ---------------------------------------------------------------------------------------------------------
-
-
-def draft(text="The answer is surely \\boxed{4}.", codes=(), problem=PROBLEM, finished=True, **changes) -> Draft:
-    return Draft(problem, [(text, True)], ["ok"] * len(codes), list(codes), finished, **changes)
-
-
-def test_stage_1_keeps_correct_drafts_whose_code_passed():
-    good, wrong = draft(), draft("\\boxed{5}")
-    failed = draft(codes=["x"])
-    failed.statuses = ["error"]
-    assert keep_correct([good, wrong, failed, draft("no box"), draft(dropped="infra")]) == [good]
-    observed = draft("none of it")
-    observed.segments.append(("\\boxed{4}", False))  # the answer is in tool output only
-    assert keep_correct([observed]) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("The answer is surely \\boxed{4}.", True),
-        ("The answer is \\boxed{4}, again \\boxed{4}.", False),
-        ("The answer is surely \\boxed{}.", False),
-        ("It costs $x$, so that is \\boxed{4}.", True),
-        ("It costs $x, so that is \\boxed{4}.", False),
-        ("It costs \\$5, so that is \\boxed{4}.", True),
-        ("<think>hm hm hm</think> so \\boxed{4}", True),
-        ("<think>hm hm hm, so \\boxed{4}", False),
-        ("<think>a</think>\n```python\nprint(4)\n```\n\\boxed{4}", False),
-        ("```python\ns = '$'\n```\nso it is \\boxed{4}", True),  # a $ in code does not delimit math
-        ("所以答案是 the final answer \\boxed{4}", False),
-        ("所以答案是四四四四四四四四四四四四四四四四四四四四 \\(x\\) \\boxed{4}", True),
-        ("\\boxed{4}", False),  # too short
-    ],
-)
-def test_stage_2_checks_the_format(text, kept):
-    assert bool(keep_well_formed([draft(text)])) is kept
-
-
-def test_stage_2_drops_unfinished_drafts():
-    assert keep_well_formed([draft(finished=False)]) == []
-
-
-def test_stage_3_drops_repetitive_text():
-    twenty = "abcdefghijklmnopqrst"
-    assert keep_unrepetitive([draft(twenty * 20)]) and not keep_unrepetitive([draft(twenty * 21 + "a")])
-
-
-@pytest.mark.parametrize(
-    ("codes", "kept"),
-    [
-        ([], True),
-        (["print(2 + 2)"], False),
-        (["print(pow(2, 3, 5))"], True),
-        (["import math\nprint(2)"], True),
-        (["for i in x:\n    print(i)"], True),
-        (["print(1)", "print(1)", "import a", "import a", "import a"], True),  # 60%
-        (["print(1)", "print(1)", "print(1)", "import a", "import a"], False),
-    ],
-)
-def test_stage_4_drops_trivial_code(codes, kept):
-    assert bool(keep_substantial_code([draft(codes=codes)])) is kept
-
-
-def test_stage_5_keeps_the_shortest_draft_per_problem():
-    other = Problem("q", "?", "4")
-    long, short, second = draft("x" * 30), draft("x" * 20), draft(problem=other)
-    assert keep_one_per_problem([long, short, second]) == [short, second]
-
-
-def test_stage_6_thins_easy_problems_and_single_calls():
-    problems = [Problem(str(i), "?", "4") for i in range(400)]
-    plain, single = [draft(problem=p) for p in problems], [draft(codes=["x"], problem=p) for p in problems]
-    double = [draft(codes=["x", "y"], problem=p) for p in problems]
-    assert len(keep_balanced(plain + double, set(), 0.5, 0)) == 800
-    assert 160 < len(keep_balanced(single, set(), 0.5, 0)) < 240
-    assert 160 < len(keep_balanced(plain, {p.id for p in problems}, 0.5, 0)) < 240
-    assert keep_balanced(single, set(), 0.5, 0) == keep_balanced(single, set(), 0.5, 0)
-
-
-def test_easy_problems_have_two_correct_drafts_without_code():
-    assert easy_problems([draft(), draft()]) == {"p"}
-    assert easy_problems([draft()]) == easy_problems([draft(), draft("\\boxed{5}")]) == set()
-
-
-def test_funnel_counts_every_stage():
-    drafts = [draft(), draft("\\boxed{5}"), draft(finished=False), draft()]
-    kept, funnel = filter_drafts(drafts, Settings())
-    counts = list(funnel.values())
-    assert counts[:6] == [4, 3, 2, 2, 2, 1] and len(kept) == counts[-1]
+    sample_drafts(loop, [PROBLEM], ScriptedExecutor(adds), run)
+    drafts = {draft.name: draft for _, draft in read_drafts([run / "drafts.jsonl"])}
+    assert set(drafts) == {"p#0", "p#plain0", "p#plain1"}
+    assert drafts["p#plain0"].correct and drafts["p#plain0"].plain and not drafts["p#plain1"].correct
+    assert not any("critic" in r.id for r in engine.requests if "plain" in r.id)
+    assert drafts["p#plain1"].text == "Add.\n" * loop.settings.max_steps
 
 
 # ---- training data --------------------------------------------------------------------------------------------------
 
 
 def test_sft_trains_on_the_policy_text_only(tokenizer):
-    draft_, _ = build(tokenizer, ["x\n", "The answer is \\boxed{4}.\n"], [BLOCK])
-    row = to_row(draft_)
+    draft, _ = build(tokenizer, ["Add the numbers.\n", "The answer is \\boxed{4}.\n"], [BLOCK, "none\n"])
+    row = to_row(draft, Rates(tries=4, correct=1))
+    assert row["pass_rate"] == 0.25 and row["plain_pass_rate"] is None and row["calls"] == 1
     ledger = to_ledger(PROBLEM, [(s["text"], s["sampled"]) for s in row["segments"]], tokenizer)
     learned = [token for token, m in zip(ledger.token_ids, ledger.action_mask, strict=True) if m]
-    assert decode(tokenizer, learned) == draft_.policy_text and learned[-1] == tokenizer.eos_token_id
-    assert decode(tokenizer, ledger.token_ids) == draft_.text
+    assert decode(tokenizer, learned) == draft.policy_text and learned[-1] == tokenizer.eos_token_id
+    assert decode(tokenizer, ledger.token_ids) == draft.text
+
+
+def test_drafts_survive_their_file():
+    draft, _ = build(chat_tokenizer(), [THOUGHT], [SPAN], "chat")
+    assert Draft.from_record(draft.to_record()) == draft

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import TemplateError
 
-from thor.text import encode_around, start_ids
+from thor.text import decode, encode_around, start_ids
 
 QUESTION = "{question}"  # where the question goes in `Prompt.user`
 MARK = "\ue000"  # stands for the question while a chat template is rendered
@@ -130,6 +131,12 @@ def render_chat(tokenizer, user: str, system: str = "") -> list[int]:
     return Prompt(system).render(tokenizer, user)
 
 
+def opened_thought(tokenizer, prompt_ids: list[int]) -> str:
+    """The start of a thought with which a rendered prompt ends, such as "<think>" and a newline, or ""."""
+    match = re.search(r"<think>\s*$", decode(tokenizer, prompt_ids[-16:]))
+    return match[0] if match else ""
+
+
 def observation_text(output: str, before: str) -> str:
     """Return the fenced block that shows tool output to the model; `before` is the text that it is appended to."""
     return ("" if before.endswith("\n") else "\n") + f"```output\n{output}\n```\n"
@@ -143,21 +150,23 @@ def tir_step(logic: str, code: str) -> str:
     return f"{logic}\n```python\n{code}\n```\n"
 
 
-# ---- TIRGen: instructions for chat models ---------------------------------------------------------------------------
-# The critic replies with the word "none", or with a line of pure reasoning and one Python block. Few-shot prompts
-# (thor/demo/few_shot.py) ask for the same format.
+# ---- TIRGen ---------------------------------------------------------------------------------------------------------
+# The critic replies with the word "none", or with a line of pure reasoning and one Python block for each place where
+# code helps. Few-shot prompts (thor/demo/few_shot.py) ask for the same format.
 
-ACTOR_INSTRUCT = """You solve mathematics problems in natural language, one small step after another. Do not write \
+ACTOR_SYSTEM = """You solve mathematics problems in natural language, one small step after another. Do not write \
 code: when a step needs exact computation, say what has to be computed and how; a program may then be inserted for \
 you with its output, on which you can rely. When the answer is known, state it once in \\boxed{} and stop."""
 
-CRITIC_INSTRUCT = """Below is a problem, its solution so far, and the next step of that solution. Decide whether \
-the next step holds something that Python can do exactly: arithmetic, solving equations, enumeration, or a check.
-If it does not, answer with the single word: none
-If it does, answer with
-1. the reasoning of the step alone, in one or two sentences, without any computed result;
-2. one block that opens with ```python and closes with ```, complete in itself (imports included; nothing carries over
-   from earlier blocks), with numpy and sympy at hand, that prints the result the step needs.
+CRITIC_USER = """Below are a problem, its solution so far, and the next step of that solution. Find the places in the \
+next step where Python can do the work exactly: arithmetic, solving equations, enumeration, or a check.
+If there is none, answer with the single word: none
+Otherwise, write for each such place
+1. its reasoning alone, taken from the step, in one or two sentences: what to compute and why, without any result;
+2. one block that opens with ```python and closes with ```. It must be complete in itself (imports included; nothing \
+carries over from earlier blocks), may use numpy and sympy, and must compute and print the result that the step needs.
+If the step has numbered parts, start the reasoning with the numbers of the parts that it and the block replace, such \
+as [2] or [2-4]. All other parts stay as they are. Do not write the output of a block, and do not continue the solution.
 
 Problem: {question}
 
@@ -165,5 +174,25 @@ Solution so far:
 {solution}
 
 Next step:
-{step}
-"""
+{step}"""
+
+JUDGE_USER = """Below are a problem, its solution so far, and the next step of that solution. Find the parts of the \
+next step that hold work that Python can do exactly: arithmetic, solving equations, enumeration, or a check. A part \
+that only plans, explains, or repeats a known result holds none.
+Answer with the numbers of these parts, neighbours that belong to one computation as a range, such as: 2-4, 7
+A step without numbers is part 1. If there is no such part, answer with the single word: none
+
+Problem: {question}
+
+Solution so far:
+{solution}
+
+Next step:
+{step}"""
+
+NO_THOUGHT = {"enable_thinking": False}  # for chat templates that know it; others ignore it
+TIRGEN_PROMPTS = {  # by name, beside PROMPTS
+    "actor": Prompt(ACTOR_SYSTEM),
+    "critic": Prompt(user=CRITIC_USER, chat_kwargs=NO_THOUGHT),
+    "judge": Prompt(user=JUDGE_USER, chat_kwargs=NO_THOUGHT),
+}

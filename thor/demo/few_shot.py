@@ -41,8 +41,14 @@ def words(text: str) -> set[str]:
 DEMONSTRATIONS = load_demonstrations()
 WORD_COUNTS = Counter(word for demonstration in DEMONSTRATIONS for word in words(demonstration.question))
 
-# The critic also needs an example of a step for which it writes no code.
-NO_CODE_EXAMPLE = "Question: Is 2 even?\nStep: Read the question carefully.\nRewrite: none\n\n"
+# The critic also needs examples of steps for which it writes no code.
+NO_CODE_EXAMPLES = "".join(
+    f"Question: {question}\nStep: {step}\nRewrite: none\n\n"
+    for question, step in (
+        ("Is 2 even?", "Read the question carefully."),
+        ("What is 12 * 12?", "The answer is \\boxed{144}."),
+    )
+)
 
 
 def nearest_demonstrations(question: str, k: int = 2) -> list[Demonstration]:
@@ -64,15 +70,23 @@ def nearest_demonstrations(question: str, k: int = 2) -> list[Demonstration]:
 def few_shot_actor(question: str) -> str:
     """Return the actor's few-shot prefix: complete solutions in the format in which the actor continues its own."""
     return "".join(
-        f"Question: {d.question}\n{tir_step(d.logic, d.code)}```output\n{d.output}\n```\n"
-        f"The answer is \\boxed{{{d.output}}}.\n\n"
+        f"Question: {d.question}\n{tir_step(d.logic, d.code)}```output\n{d.output}\n```\n{answer_line(d)}\n\n"
         for d in nearest_demonstrations(question)
     )
+
+
+def few_shot_plain(question: str) -> str:
+    """Return the prefix for plain reasoning, whose solutions have no code."""
+    return "".join(f"Question: {d.question}\n{d.logic}\n{answer_line(d)}\n\n" for d in nearest_demonstrations(question))
 
 
 def few_shot_critic(question: str) -> str:
     """Return the critic's few-shot prefix: an actor's steps, each with its rewrite."""
-    return NO_CODE_EXAMPLE + "".join(
+    return NO_CODE_EXAMPLES + "".join(
         f"Question: {d.question}\nStep: {d.step}\nRewrite: {tir_step(d.logic, d.code)}\n"
         for d in nearest_demonstrations(question)
     )
+
+
+def answer_line(demonstration: Demonstration) -> str:
+    return f"The answer is \\boxed{{{demonstration.output}}}."

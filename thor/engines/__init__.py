@@ -1,6 +1,6 @@
 """Engines sample completions for requests. See `Engine` for the interface."""
 
-from thor.engines.base import Completion, Engine, Request, is_reproducible
+from thor.engines.base import Completion, Engine, Request, StopRule, is_reproducible
 from thor.engines.hf import HFEngine, NoRoomError
 from thor.engines.http import HTTPEngine, ServerError
 from thor.engines.vllm import VLLMEngine
@@ -14,6 +14,7 @@ __all__ = [
     "NoRoomError",
     "Request",
     "ServerError",
+    "StopRule",
     "VLLMEngine",
     "is_reproducible",
     "load_engine",

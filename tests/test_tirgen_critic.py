@@ -1,0 +1,294 @@
+"""Tests of what the critic is shown, how its reply is read, and the contract of a rewrite."""
+
+import pytest
+from conftest import byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thor.demo.few_shot import DEMONSTRATIONS
+from thor.prompts import TIRGEN_PROMPTS, Prompt
+from thor.settings import UserError
+from thor.text import decode
+from thor.tirgen.critic import (
+    CriticStop,
+    Rewrite,
+    agrees,
+    contract_fault,
+    error_type,
+    numbers,
+    parse_judgement,
+    parse_rewrites,
+    says_none,
+    show_parts,
+    skip_thought,
+    split_parts,
+    states_output,
+)
+from thor.tirgen.draft import thought_span
+from thor.tirgen.roles import ChatCritic, StepStop, encode_segments, load_prompts
+from thor.trajectory import ExecResult
+
+BLOCK = "Add.\n```python\nprint(2 + 2)\n```"
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("48/2 = 24. 24 + 48 = 72.\n", ["48/2 = 24. 24 + 48 = 72.\n"]),  # one short line
+        ("A is 2.\nB is 3. C? Yes!\n\nD", ["A is 2.\n", "B is 3. ", "C? ", "Yes!\n\n", "D"]),
+        ("1. Add 2.5 to x.\n2. Halve it.", ["1. Add 2.5 to x.\n", "2. Halve it."]),
+        ("So\n\\[ x = 1.\n y = 2 \\]\nholds.", ["So\n", "\\[ x = 1.\n y = 2 \\]\n", "holds."]),
+        ("So\n$$ x = 1.\n y = 2 $$\nholds.", ["So\n", "$$ x = 1.\n y = 2 $$\n", "holds."]),
+        ("x" * 400 + ". y", ["x" * 400 + ". ", "y"]),  # one line, but a long one
+    ],
+)
+def test_parts_are_sentences_and_lines(text, parts):
+    assert split_parts(text) == parts
+
+
+@given(st.text("ab .!?\n1$\\[]", max_size=200))
+def test_parts_add_up_to_the_step(text):
+    assert "".join(split_parts(text)) == text
+    assert "".join(split_parts(f"{text}\n" * 9)) == f"{text}\n" * 9
+
+
+def test_parts_are_numbered_if_there_are_several():
+    assert show_parts([" A.\n"]) == "A." and show_parts(["A. ", "B.\n"]) == "[1] A.\n[2] B."
+
+
+@pytest.mark.parametrize(
+    ("before", "text", "inside"),
+    [
+        ("", "plain text", "plain text"),
+        ("", "<think>\nhm", "\nhm"),
+        ("", "<think>hm</think> so", "hm"),
+        ("<think>\nhm", " more", " more"),
+        ("<think>\nhm", " more</think> so", " more"),
+        ("<think>\nhm</think>", " so", ""),
+        ("", "<think>\n\n</think>\n\nso", "\n\n"),
+    ],
+)
+def test_only_the_thought_is_judged_if_there_is_one(before, text, inside):
+    start, end = thought_span(before, text)
+    assert text[start:end] == inside
+
+
+# ---- replies --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply", ["none", " None.", "**none**", "`none`", "none\n", "None. It only restates.", "NONE - no"]
+)
+def test_none_is_recognised(reply):
+    assert says_none(reply)
+
+
+@pytest.mark.parametrize(
+    "reply", ["", "nonesuch", "Add none", "None of this needs care", f"None is easy, but:\n{BLOCK}", f"none, {BLOCK}"]
+)
+def test_other_replies_are_not_none(reply):
+    assert not says_none(reply)
+
+
+@pytest.mark.parametrize(
+    ("reply", "opened", "rest"),
+    [
+        ("none", False, "none"),
+        ("<think>a</think>none", False, "none"),
+        ("\n<think>a</think>none", False, "none"),
+        ("<think>a", False, None),
+        ("a</think>none", True, "none"),
+        ("a", True, None),
+        ("<thi", False, ""),  # a thought may still begin
+        ("a</think>none", False, "a</think>none"),  # no thought began
+    ],
+)
+def test_the_thought_of_the_critic_is_skipped(reply, opened, rest):
+    assert skip_thought(reply, opened) == rest
+
+
+@pytest.mark.parametrize(
+    ("reply", "opened", "one_block", "read"),
+    [
+        (f"{BLOCK}\nmore", False, True, BLOCK),
+        (f"{BLOCK}\nmore", False, False, f"{BLOCK}\nmore"),
+        ("none\nmore", False, False, "none\n"),
+        ("None of it\nmore", False, True, "None of it\nmore"),
+        (f"<think>{BLOCK}\n</think>{BLOCK}\nmore", False, True, f"<think>{BLOCK}\n</think>{BLOCK}"),
+        (f"{BLOCK}\n</think>none\nmore", True, True, f"{BLOCK}\n</think>none\n"),
+    ],
+)
+def test_where_a_reply_stops(reply, opened, one_block, read):
+    stop, fed = CriticStop(opened, one_block), ""
+    for character in reply:
+        fed += character
+        if stop.feed(character):
+            break
+    assert fed == read
+
+
+@pytest.mark.parametrize(
+    "header", ["[2-3]", "[2]-[3]", "[2] to [3]", "Parts 2-3:", "**[2-3]**", "2-3:", "Sentences 2 to 3.", "[2–3]"]
+)
+def test_spans_are_named_in_many_ways(header):
+    reply = f"Here you are.\n{header} Add 12 and 3.\n```python\nprint(12 + 3)\n```\n"
+    assert parse_rewrites(reply, 4) == ([Rewrite(1, 2, "Add 12 and 3.", "print(12 + 3)\n")], "")
+
+
+def test_spans_are_sorted_and_do_not_overlap():
+    def item(span: str) -> str:
+        return f"[{span}] Add.\n```python\nprint({span})\n```\n"
+
+    rewrites, fault = parse_rewrites(item("4") + item("1-2") + item("2-3"), 4)
+    assert [(r.first, r.last) for r in rewrites] == [(0, 1), (3, 3)] and not fault
+    assert parse_rewrites(item("1") + item("9"), 4)[1] == "no_span"
+    assert parse_rewrites(item("3-2"), 4) == ([], "no_span")
+    assert parse_rewrites("Add.\n```python\nprint(1)\n```\n", 2) == ([], "no_span")
+    assert parse_rewrites("[1] Add.", 2) == ([], "no_code")
+    assert parse_rewrites("Add.\n```python\nprint(1)", 1) == ([], "no_code")  # not closed
+
+
+def test_one_part_needs_no_number():
+    assert parse_rewrites(BLOCK + "\nIt prints 4.", 1) == ([Rewrite(0, 0, "Add.", "print(2 + 2)\n")], "")
+
+
+def test_a_judgement_names_parts():
+    assert parse_judgement("[2-3], 5", 6) == ([Rewrite(1, 2), Rewrite(4, 4)], "")
+    assert parse_judgement("5 and 2 to 3", 6) == ([Rewrite(1, 2), Rewrite(4, 4)], "")
+    assert parse_judgement("1", 1) == ([Rewrite(0, 0)], "")
+    assert parse_judgement("7", 6) == ([], "no_span") and parse_judgement("yes", 6) == ([], "no_span")
+
+
+# ---- contract -------------------------------------------------------------------------------------------------------
+
+STEP = "She sold half of the 48 clips in May, which is 24, so 48 + 24 = 72 clips in all."
+QUESTION = "Natalia sold 48 clips in April and half as many in May. How many in all?"
+
+
+@pytest.mark.parametrize(
+    ("logic", "code", "fault"),
+    [
+        ("Halve the 48 clips sold in April and add both months.", "print(48 + 48 // 2)", ""),
+        ("1. Halve the 48 clips and add.", "print(48 + 48 // 2)", ""),  # a list marker is no result
+        (
+            "A year has 12 months, so multiply the clips sold by 12.",
+            "print(48 * 12)",
+            "",
+        ),  # a number that the code uses
+        ("", "print(48 + 24)", "no_reasoning"),
+        ("...", "print(48 + 24)", "no_reasoning"),
+        ("Half of the 48 clips is 24.", "print(48 + 48 // 2)", "predicts_output"),
+        ("Add the clips sold: 72 in all.", "print(48 + 48 // 2)", "predicts_output"),
+        ("Add the clips sold in May.", "print(72)", "predicts_output"),  # nothing is computed
+        ("Add the clips sold in May.", "x = 72\nprint(f'{x}')", "predicts_output"),
+        ("Add the clips, which are 3.", "print(48 % 5)", "predicts_output"),
+        ("Add the clips. The answer is \\boxed{72}.", "print(48 + 24)", "goes_on"),
+        ("Add the clips.", "print('\\\\boxed{', 48 + 24, '}')", "goes_on"),
+        ("Add the clips.\n```output\n72\n```", "print(48 + 24)", "goes_on"),
+        ("Add the clips.</think>", "print(48 + 24)", "goes_on"),
+        ("Add the clips sold. " * 30, "print(48 + 24)", "goes_on"),
+        ("Consider a triangle whose angles satisfy trigonometric identities.", "print(48 + 24)", "changes_reasoning"),
+    ],
+)
+def test_the_contract_of_a_rewrite(logic, code, fault):
+    assert contract_fault(Rewrite(0, 0, logic, code), STEP, QUESTION) == fault
+
+
+def test_demonstrations_keep_the_contract():
+    for d in DEMONSTRATIONS:
+        assert contract_fault(Rewrite(0, 0, d.logic, d.code), d.step, d.question) == "", d.logic
+        assert not states_output(d.logic, d.output, d.question)
+
+
+def test_a_stated_output_is_one_that_was_not_known_before():
+    assert states_output("The sum of 20 and 30, namely 50.", "50.0\n", "")
+    assert not states_output("The sum of 20 and 30.", "50\n", "") and not states_output("It is 50.", "50\n", "50 clips")
+
+
+def test_numbers_have_one_spelling():
+    assert numbers("1,200 and 1200.0, 007 and 0.50, x2") == {"1200", "7", ".5", "2"}
+
+
+@pytest.mark.parametrize(
+    ("output", "replaced", "same"),
+    [
+        ("72\n", "48 + 24 = 72.", True),
+        ("72.0\n", "so 72", True),
+        ("1,200", "is 1200 dollars", True),
+        ("73\n", "48 + 24 = 72.", False),
+        ("24\n72\n", "24, then 72", True),
+        ("24\n71\n", "24, then 72", False),
+        ("True\n", "that is true", True),
+        ("x + y", "we get x+y", True),
+        ("False\n", "that is true", False),
+    ],
+)
+def test_an_output_agrees_with_the_text_that_already_has_it(output, replaced, same):
+    assert agrees(output, replaced) is same
+
+
+def test_types_of_errors():
+    assert error_type(ExecResult("error", "", "NameError: name 'x' is not defined (line 1)")) == "NameError"
+    assert error_type(ExecResult("timeout", "", "took longer than 5 s")) == "timeout"
+    assert error_type(ExecResult("no_output", "", "printed nothing")) == "no_output"
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_critic_sees_question_solution_and_step_as_plain_text():
+    tokenizer = byte_tokenizer(("<think>", "</think>"))
+    critic = ChatCritic(tokenizer, TIRGEN_PROMPTS["critic"])
+    ids, shared = critic.prompt("What {step} is\\1?", "</think> {question}", ["A. ", "B."], " told")
+    text = decode(tokenizer, ids)
+    assert (
+        "Problem: What {step} is\\1?" in text and "far:\n</think> {question}" in text and "[1] A.\n[2] B. told" in text
+    )
+    assert tokenizer.convert_tokens_to_ids("</think>") not in ids
+    other, _ = critic.prompt("?", "", ["C."])
+    assert ids[:shared] == other[:shared] and decode(tokenizer, ids[:shared]).endswith("Problem: ")
+
+
+def test_prompts_come_from_names_and_files(tmp_path):
+    path = tmp_path / "critic.yaml"
+    path.write_text("user: '{question} {solution} {step}'\nchat_kwargs: {enable_thinking: true}\n")
+    prompts = load_prompts("few-shot", str(path), "judge")
+    assert prompts.actor == "few-shot" and prompts.judge == TIRGEN_PROMPTS["judge"]
+    assert prompts.critic == Prompt(user="{question} {solution} {step}", chat_kwargs={"enable_thinking": True})
+    path.write_text("user: '{question} {step}'\n")
+    with pytest.raises(UserError, match=r"--critic_prompt .*critic.yaml: user: must contain \{solution\}"):
+        load_prompts("actor", str(path), "judge")
+    with pytest.raises(UserError, match="--actor_prompt magic: no such file"):
+        load_prompts("magic", "critic", "judge")
+
+
+def test_the_opened_thought_is_not_encoded_twice():
+    tokenizer = byte_tokenizer(("<think>", "</think>"))
+    segments = [("<think>\nA", True), ("```output\n</think>\n```\n", False), ("</think>", True)]
+    ids = encode_segments(tokenizer, segments, "<think>\n")
+    assert decode(tokenizer, ids) == "A```output\n</think>\n```\n</think>"
+    assert ids.count(tokenizer.convert_tokens_to_ids("</think>")) == 1, "tool output has no control tokens"
+    assert encode_segments(tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "one_line", "max_tokens", "read"),
+    [
+        ("\nA.\nB.\n", True, 99, "\nA.\n"),
+        ("A.\nB.\n", False, 99, "A.\nB.\n"),
+        ("A.\nB.\n", False, 4, "A.\nB"),
+        ("A.\n```python\nx = 1\n```\nB", False, 14, "A.\n```python\nx = 1\n```"),  # a block is read to its end
+        ("```python\nx\n```\nB", True, 99, "```python\nx\n```"),
+        ("A.\n```output\n5", False, 99, "A.\n```output"),
+    ],
+)
+def test_where_a_step_stops(text, one_line, max_tokens, read):
+    stop, fed = StepStop(max_tokens, one_line), ""
+    for character in text:
+        fed += character
+        if stop.feed(character):
+            break
+    assert fed == read

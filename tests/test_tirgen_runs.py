@@ -1,0 +1,301 @@
+"""Tests of whole runs with scripted models: resuming, shards, lost servers, test sets, summary and previews."""
+
+import io
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer
+
+import run_tirgen
+from run_tirgen import Settings, main, resolve
+from thor.demo import DEMO_MODEL
+from thor.engines import ServerError
+from thor.settings import UserError
+from thor.tirgen import report
+from thor.tirgen.draft import Draft
+from thor.tirgen.problems import Overlap, exclude, take_shard
+from thor.tirgen.store import read_drafts, read_names
+from thor.trajectory import ExecResult, Problem
+
+PROBLEMS = 6
+
+
+def reply(request, turn) -> str:
+    """Solves "What is a + b?", rightly in half of the tries."""
+    [(a, b)] = re.findall(r"What is (\d+) \+ (\d+)\?", request_text(request).rpartition("Question:")[2])
+    wrong = random.Random(request.id.rpartition("/")[0]).random() < 0.5
+    if request.id.endswith("critic"):
+        return "none\n" if turn else f"Add the numbers.\n```python\nprint({a} + {b})\n```"
+    if turn or "#plain" in request.id:
+        return f"The answer is \\boxed{{{int(a) + int(b) + wrong}}}.\n"
+    return f"Add the numbers: {int(a) + int(b)}.\n"
+
+
+def request_text(request) -> str:
+    return TOKENIZER.decode(request.token_ids)
+
+
+TOKENIZER = byte_tokenizer()
+
+
+def adds(code: str) -> ExecResult:
+    return ExecResult("ok", f"{eval(code.strip().removeprefix('print'))}\n")
+
+
+class Tools(ScriptedExecutor):
+    """Stands in for the Executor, also as a context manager."""
+
+    def __init__(self, **_) -> None:
+        super().__init__(adds)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch, tmp_path):
+    """Replace engines and sandbox, and go to a folder with problems.jsonl."""
+    engines = []
+
+    def load(settings):
+        engines.append(ScriptedEngine(TOKENIZER, reply))
+        return engines[-1], engines[-1]
+
+    monkeypatch.setattr(run_tirgen, "load_engines", load)
+    monkeypatch.setattr(run_tirgen, "Executor", Tools)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What is {10 + i} + {20 + i}?", "answer": str(30 + 2 * i)} for i in range(PROBLEMS)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return engines
+
+
+FLAGS = ["--data", "problems.jsonl", "--tries", "3", "--plain_tries", "1", "--step_tokens", "400"]
+FLAGS += ["--code_tokens", "400", "--max_tokens", "4000"]
+
+
+def summary_of(run: str) -> dict:
+    return json.loads(Path(run, "summary.json").read_text())
+
+
+def lines(path: str) -> list[str]:
+    with open(path, encoding="utf-8") as file:
+        return sorted(file)
+
+
+def test_a_run_writes_rows_drafts_and_a_summary(capsys):
+    main([*FLAGS, "--out", "run", "--preview", "1"])
+    drafts = [draft for _, draft in read_drafts([Path("run/drafts.jsonl")])]
+    assert len(drafts) == PROBLEMS * 4 and sum(draft.plain for draft in drafts) == PROBLEMS
+    rows = [json.loads(line) for line in lines("run/tir.jsonl")]
+    summary = summary_of("run")
+    assert 2 <= len(rows) <= PROBLEMS and len(rows) == summary["kept"]["trajectories"]
+    by_problem = {p.id: [d for d in drafts if d.problem.id == p.id] for p in (d.problem for d in drafts)}
+    for row in rows:
+        tries = [d for d in by_problem[row["id"]] if not d.plain]
+        assert row["pass_rate"] == sum(d.correct for d in tries) / 3
+        assert row["plain_pass_rate"] == sum(d.correct for d in by_problem[row["id"]] if d.plain)
+        assert row["calls"] == 1 and [s["sampled"] for s in row["segments"]] == [True, False, True]
+    assert summary["funnel"]["tried"] == PROBLEMS * 3
+    left = summary["funnel"]["tried"] - sum(sum(reasons.values()) for reasons in summary["dropped"].values())
+    assert left == summary["funnel"]["code quality"]
+    assert summary["tokens"]["actor"] == sum(d.tokens["actor"] for d in drafts)
+    printed = capsys.readouterr().out
+    assert f"{len(rows)} trajectories in run/tir.jsonl" in printed and "wrong" in printed
+    assert "```output" in printed and "\033" not in printed
+
+
+def test_a_finished_run_is_filtered_again_without_a_model(scripted):
+    main([*FLAGS, "--out", "run"])
+    rows = lines("run/tir.jsonl")
+    main([*FLAGS, "--out", "run", "--resume"])
+    assert lines("run/tir.jsonl") == rows and len(scripted) == 1, "no engine was loaded"
+    main([*FLAGS, "--merge", "run", "--out", "again", "--keep_easy", "0"])
+    assert len(lines("again/tir.jsonl")) <= len(rows)
+
+
+def test_shards_add_up_to_the_whole_run():
+    main([*FLAGS, "--out", "whole"])
+    for i in (1, 2, 3):
+        main([*FLAGS, "--out", f"shard{i}", "--shard", f"{i}/3"])
+    main([*FLAGS, "--merge", "shard1, shard2,shard3", "--out", "merged"])
+    assert lines("merged/tir.jsonl") == lines("whole/tir.jsonl")
+    assert summary_of("merged") == summary_of("whole")
+
+
+def test_merging_a_shard_twice_is_refused(capsys):
+    main([*FLAGS, "--out", "run"])
+    with pytest.raises(SystemExit) as stop:
+        main([*FLAGS, "--merge", "run,run", "--out", "merged"])
+    assert stop.value.code == 2 and "--merge run/drafts.jsonl: has the try" in capsys.readouterr().err
+
+
+def run_slowly(out: str) -> None:
+    """Resume a run with an engine whose steps take 3 ms."""
+    engine = ScriptedEngine(TOKENIZER, reply)
+    step = engine.step
+    engine.step = lambda: time.sleep(0.003) or step()
+    run_tirgen.load_engines = lambda settings: (engine, engine)
+    main([*FLAGS, "--out", out, "--resume"])
+
+
+def test_a_run_killed_at_any_moment_loses_no_try_and_repeats_none():
+    main([*FLAGS, "--out", "whole"])
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            try:
+                run_slowly("killed")
+            finally:
+                os._exit(0)
+        time.sleep(random.Random(child).uniform(0.05, 0.3))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    main([*FLAGS, "--out", "killed", "--resume"])
+    for name in ("drafts.jsonl", "tir.jsonl", "summary.json"):
+        assert lines(f"killed/{name}") == lines(f"whole/{name}")
+
+
+def test_a_cut_off_line_is_removed(tmp_path):
+    path = tmp_path / "drafts.jsonl"
+    whole = json.dumps(Draft(Problem("p", "?"), "p#0").to_record()) + "\n"
+    for rest in ("", '{"na', "x" * 100_000):
+        path.write_text(whole + rest)
+        assert read_names(path) == {"p#0"} and path.read_text() == whole
+    path.write_text("x" * 100_000)
+    assert read_names(path) == set() and path.read_text() == ""
+    assert read_names(tmp_path / "missing") == set()
+
+
+def test_a_lost_server_is_tried_again(monkeypatch, scripted):
+    main([*FLAGS, "--out", "whole"])
+    pauses = []
+
+    def load(settings):
+        engine = ScriptedEngine(TOKENIZER, reply)
+        step, calls = engine.step, iter(range(1000))
+
+        def failing_step():
+            if next(calls) in (5, 6, 30):
+                raise ServerError("http://critic: no answer")
+            return step()
+
+        engine.step = failing_step
+        return engine, engine
+
+    monkeypatch.setattr(run_tirgen, "load_engines", load)
+    monkeypatch.setattr(run_tirgen.time, "sleep", pauses.append)
+    main([*FLAGS, "--out", "lost"])
+    assert pauses == [run_tirgen.RETRY_SECONDS] * 3
+    assert lines("lost/tir.jsonl") == lines("whole/tir.jsonl")
+    with pytest.raises(ServerError):
+        main([*FLAGS, "--out", "impatient", "--patience", "0"])
+
+
+# ---- problems -------------------------------------------------------------------------------------------------------
+
+LONG = "A train leaves the station at noon and drives for four hours at sixty miles per hour to the sea"
+
+
+def test_problems_of_test_sets_are_found():
+    overlap = Overlap([Problem("a", "What is $2+2$?"), Problem("b", f"{LONG}. How far is it?")])
+    assert Problem("x", "what is 2 + 2") in overlap, "punctuation, spaces and case have no effect"
+    assert Problem("x", "What is 2 + 3?") not in overlap
+    assert Problem("x", f"Yesterday: {LONG.upper()}! How long is that?") in overlap, "13 words in a row"
+    assert Problem("x", " ".join(LONG.split()[:12]) + " then stops") not in overlap, "12 words in a row"
+
+
+def test_excluded_problems_are_counted_by_test_set():
+    problems = [Problem(str(i), f"What is {i}?") for i in range(10)]
+    sets = {"one": problems[:3], "two": problems[2:5]}
+    kept, counts = exclude(problems, "one, two", sets.__getitem__)
+    assert kept == problems[5:] and counts == {"one": 3, "two": 2}
+    assert exclude(problems, "", sets.__getitem__) == (problems, {})
+
+
+def test_excluded_problems_are_in_the_summary(capsys):
+    with open("test.jsonl", "w") as file:
+        file.write(json.dumps({"question": "WHAT IS 10+20", "answer": "30"}) + "\n")
+    main([*FLAGS, "--exclude", "test.jsonl", "--out", "run"])
+    summary = summary_of("run")
+    assert summary["excluded_problems"] == {"test.jsonl": 1} and summary["problems"] == PROBLEMS - 1
+    with pytest.raises(SystemExit) as stop:
+        main([*FLAGS, "--exclude", "problems.jsonl", "--out", "empty"])
+    assert stop.value.code == 2 and "--exclude problems.jsonl: no problem is left" in capsys.readouterr().err
+
+
+def test_every_problem_is_in_one_shard():
+    problems = [Problem(str(i), "?") for i in range(10)]
+    shards = [take_shard(problems, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted((p for shard in shards for p in shard), key=lambda p: int(p.id)) == problems
+    for shard in ("0/3", "4/3", "1", "a/b", "1/0", "-1/3"):
+        with pytest.raises(UserError, match=f"--shard {shard}: must be"):
+            take_shard(problems, shard)
+
+
+# ---- settings and reports -------------------------------------------------------------------------------------------
+
+
+def test_defaults_of_the_demo_model_are_not_those_of_others(capsys):
+    demo = resolve(Settings())
+    assert (demo.tries, demo.step_tokens, demo.limit, demo.actor_prompt) == (2, 48, 128, "few-shot")
+    assert capsys.readouterr().out == ""
+    other = resolve(Settings(actor="Qwen/Qwen3-8B"))
+    assert (other.tries, other.step_tokens, other.limit, other.top_k) == (8, 4096, None, 30)
+    assert other.actor_prompt == "actor" and other.critic_prompt == "critic" and other.critic == "Qwen/Qwen3-8B"
+    line = capsys.readouterr().out
+    assert "Qwen/Qwen3-8B is not the demo model" in line and "step_tokens 4096" in line and "limit all" in line
+    mixed = resolve(Settings(actor=DEMO_MODEL, critic="Qwen/Qwen3-32B", step_tokens=7))
+    assert mixed.actor_prompt == "few-shot" and mixed.critic_prompt == "critic" and mixed.step_tokens == 7
+
+
+def test_a_dry_run_loads_no_model_and_writes_nothing(scripted, capsys):
+    main([*FLAGS, "--dry_run", "--out", "dry"])
+    printed = capsys.readouterr().out
+    assert "6 problems, 18 tries, and 6 of plain reasoning" in printed and "What is 10 + 20?" in printed
+    assert not scripted and not os.path.exists("dry")
+
+
+def test_a_preview_has_colours_in_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    draft = Draft(Problem("p", "What?", "4"), "p#0")
+    draft.append_block("Add.\n```python\nprint(4)\n```\n", "print(4)\n", ExecResult("ok", "4"))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal, plain = Terminal(), io.StringIO()
+    report.preview([draft], terminal)
+    report.preview([draft], plain)
+    assert report.COLOURS["code"] + "```python" in terminal.getvalue()
+    assert report.COLOURS["output"] + "```output" in terminal.getvalue() and "\033" not in plain.getvalue()
+
+
+def test_the_libraries_that_code_imports():
+    assert report.imported("import numpy as np, math\nfrom sympy.ntheory import factorint\nx = 1") == {
+        "numpy",
+        "math",
+        "sympy",
+    }
+
+
+def test_histograms_have_bins_that_grow():
+    assert [report._bin(n) for n in (0, 99, 100, 199, 200, 499, 500, 1000, 1999, 10**6)] == [
+        0,
+        0,
+        100,
+        100,
+        200,
+        200,
+        500,
+        1000,
+        1000,
+        10**6,
+    ]

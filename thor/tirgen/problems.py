@@ -1,0 +1,56 @@
+"""Which problems a run works on: those of its shard that are not also in a test set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from thor.settings import UserError
+from thor.trajectory import Problem
+
+NGRAM = 13  # words
+
+
+def normalize(question: str) -> list[str]:
+    """The words and numbers of a question in lower case, without punctuation and LaTeX commands' backslashes."""
+    return re.findall(r"[^\W_]+", question.lower())
+
+
+class Overlap:
+    """Finds problems whose question has the same words as one of a test set, or 13 words in a row from one."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.questions: set[int] = set()
+        self.ngrams: set[int] = set()
+        for problem in problems:
+            words = normalize(problem.question)
+            self.questions.add(hash(tuple(words)))
+            self.ngrams.update(ngrams(words))
+
+    def __contains__(self, problem: Problem) -> bool:
+        words = normalize(problem.question)
+        return hash(tuple(words)) in self.questions or not self.ngrams.isdisjoint(ngrams(words))
+
+
+def ngrams(words: list[str]) -> set[int]:
+    return {hash(tuple(words[i : i + NGRAM])) for i in range(len(words) - NGRAM + 1)}
+
+
+def exclude(
+    problems: list[Problem], names: str, load: Callable[[str], list[Problem]]
+) -> tuple[list[Problem], dict[str, int]]:
+    """Leave out the problems that are also in one of the test sets `names`. Returns the others, and counts by name."""
+    counts = {}
+    for name in filter(None, map(str.strip, names.split(","))):
+        overlap = Overlap(load(name))
+        kept = [problem for problem in problems if problem not in overlap]
+        counts[name], problems = len(problems) - len(kept), kept
+    return problems, counts
+
+
+def take_shard(problems: list[Problem], shard: str) -> list[Problem]:
+    """Every n-th problem from the i-th, for the shard "i/n". Raises UserError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard {shard}: must be i/n with i from 1 to n, such as 1/8")
+    return problems[int(match[1]) - 1 :: int(match[2])]

@@ -1,0 +1,91 @@
+"""The files of drafts and rows. They are read and written line by line: memory does not grow with their number."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from thor.settings import UserError
+from thor.tirgen.draft import Draft
+from thor.tirgen.filters import Rates, Selection
+from thor.tirgen.report import KeptStatistics
+
+
+class Where(NamedTuple):
+    """A line of a file of drafts."""
+
+    path: Path
+    offset: int  # in bytes
+
+
+def read_drafts(paths: Iterable[Path]) -> Iterator[tuple[Where, Draft]]:
+    """All drafts of some files, with their places. Raises UserError if two drafts have the same name."""
+    seen: set[str] = set()
+    for path in paths:
+        for where, record in _records(path):
+            draft = Draft.from_record(record)
+            if draft.name in seen:
+                raise UserError(f"{path}: has the try {draft.name} a second time; merge each shard once")
+            seen.add(draft.name)
+            yield where, draft
+
+
+def read_draft(where: Where) -> Draft:
+    """The draft at a place."""
+    with where.path.open("rb") as file:
+        file.seek(where.offset)
+        return Draft.from_record(json.loads(file.readline()))
+
+
+def read_names(path: Path) -> set[str]:
+    """The names of the drafts in a file, if there is one. A last line that a crash cut off is removed from the file."""
+    if not path.exists():
+        return set()
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        while size:  # back to the end of the last complete line
+            start = max(0, size - (1 << 16))
+            file.seek(start)
+            size = start + file.read(size - start).rfind(b"\n") + 1
+            if size > start:
+                break
+        file.truncate(size)
+    return {record["name"] for _, record in _records(path)}
+
+
+def _records(path: Path) -> Iterator[tuple[Where, dict]]:
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            yield Where(path, offset), json.loads(line)
+            offset += len(line)
+
+
+def to_row(draft: Draft, rates: Rates) -> dict:
+    """Return a line of tir.jsonl. It holds text, so that run_sft.py can use any model's tokenizer."""
+    problem = draft.problem
+    return {
+        "id": problem.id,
+        "question": problem.question,
+        "answer": problem.answer,
+        "segments": [{"text": text, "sampled": own} for text, own in draft.segments],
+        "calls": len(draft.codes),
+        "pass_rate": rates.pass_rate,
+        "plain_pass_rate": rates.plain_pass_rate,
+    }
+
+
+def write_rows(path: Path, selection: Selection) -> KeptStatistics:
+    """Write the rows of the trajectories that the filter kept, one at a time, and count what is in them."""
+    statistics, temporary = KeptStatistics(), path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for candidate in selection.kept:
+            draft = read_draft(candidate.where)
+            statistics.add(draft, selection.rates[draft.problem.id])
+            row = to_row(draft, selection.rates[draft.problem.id])
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+    return statistics
