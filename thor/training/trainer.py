@@ -256,7 +256,6 @@ class Trainer:
         metrics.
         """
         counts, sums, logps, norms, before = Counts.of(samples), Counter(), {}, {}, None
-        parameters = list(self.model.parameters())
         for level in sorted({sample.level for sample in samples}, reverse=True):  # one after the other, for their norms
             chosen = [b for b, sample in enumerate(samples) if sample.level == level]
             for members, part, scores in self._micro_batches(self.model, [samples[b] for b in chosen]):
@@ -264,6 +263,7 @@ class Trainer:
                 (value * world_size()).backward()  # FSDP averages over ranks, but the sum is needed
                 sums.update({"loss": value.item()} | info)
                 logps.update(zip((chosen[i] for i in members), _split(scores.logp.detach(), part), strict=True))
+            parameters = list(self.model.parameters())  # sharded again, after the backward pass
             norms[f"grad_norm_{level}"] = _norm(parameters)
             if before is None:
                 before = [parameter.grad for parameter in parameters]
