@@ -177,7 +177,8 @@ def test_three_skipped_steps_in_a_row_stop_rl_with_a_good_checkpoint(run, execut
     with pytest.raises(UserError, match=r"3 optimizer steps in a row .* not finite"):
         train(model, tokenizer, engine, executor, PROBLEMS, run, settings)
     assert [m["skipped"] for m in run.read("metrics.jsonl")] == [1, 2]
-    assert Trainer(other, run, settings).state["iteration"] == 2
+    resumed = Trainer(other, run, settings).state
+    assert resumed["iteration"] == 2 and resumed["skipped_in_a_row"] == 0  # it may skip as many again
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.isfinite(p).all() and torch.equal(p, q)
 
@@ -280,6 +281,24 @@ def test_schedule_scales_each_parameter_group_from_its_peak(run, tokenizer):
         rates.append([group["lr"] for group in groups])
     assert rates == [[0.1, 1.0], [0.05, 0.5]]
     assert all(group["betas"] == (0.8, 0.9) and group["weight_decay"] == 0.5 for group in groups)
+
+
+def test_gradient_is_clipped_to_a_norm(tokenizer):
+    def update(clip: float) -> tuple[float, float]:
+        """The gradient norm that is reported, and that of a step of plain gradient descent."""
+        quiet = replace(SETTINGS, clip=clip, report_to="none")
+        model = tiny_llama(tokenizer)
+        trainer = Trainer(model, Run("never written", quiet, resume=True), quiet)
+        trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        loss = partial(hierarchical_loss, settings=SETTINGS)
+        metrics = trainer.step([Sample(ledger([1], [5, 6, 7]))], loss)
+        moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+        return metrics["grad_norm"], torch.nn.utils.get_total_norm(moved).item()
+
+    norm, moved = update(1e9)
+    assert norm > 0 and moved == pytest.approx(norm, rel=1e-4)
+    assert update(norm / 2) == (pytest.approx(norm), pytest.approx(norm / 2, rel=1e-4))
 
 
 def test_gradient_norms_of_the_levels_are_those_of_each_level_alone(tokenizer):
@@ -419,6 +438,26 @@ def test_logp_old_needs_a_forward_pass_only_with_several_updates(run, executor, 
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("eval_every", "steps", "resumed_steps"), [(2, [0, 2, 4, 5], [6, 7]), (0, [0, 5], [7])])
+def test_iterations_that_are_validated_and_saved(run, eval_every, steps, resumed_steps):
+    """A run of five iterations that is then extended to seven."""
+    settings = replace(SETTINGS, eval_every=eval_every, save_every=3, keep=99)
+
+    def train(total: int) -> tuple[list[int], list[int]]:
+        validated = []
+        trainer = Trainer(
+            torch.nn.Linear(2, 1), run, settings, validate=lambda model, step, state: validated.append(step)
+        )
+        iterations = list(trainer.iterations(total, "test", "iteration"))
+        return iterations, validated
+
+    assert train(5) == (list(range(5)), steps)
+    assert sorted(path.stem for path in (run / "checkpoints").glob("[0-9]*.pt")) == ["000003", "000005"]
+    assert train(7) == ([5, 6], resumed_steps)
+    assert sorted(path.stem for path in (run / "checkpoints").glob("0*.pt")) == ["000003", "000005", "000006", "000007"]
+    assert train(7) == ([], [])
 
 
 def test_checkpoint_that_was_never_linked_is_removed_and_not_counted(run):
