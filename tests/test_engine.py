@@ -34,6 +34,7 @@ from thor.engines.base import PartialCompletion
 from thor.engines.hf import sample, uniform
 from thor.engines.kv_cache import _partial_softmax
 from thor.rollout import Sampling, drive, parse_step, solve
+from thor.settings import UserError
 from thor.text import FenceParser
 from thor.training.scoring import score_tokens
 from thor.trajectory import ExecResult, Problem
@@ -257,6 +258,17 @@ def test_evicted_prefixes_are_recomputed(tokenizer):
     assert len(engine.prefixes.items) <= 4
     for request in requests:
         assert_greedy(completions[request.id], tiny_llama(tokenizer), request.token_ids)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(tokenizer, value):
+    model = tiny_llama(tokenizer)
+    engine = HFEngine(model, tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[5] = value
+    engine.add(Request("r", [1, 2, 3], 4))
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        engine.step()
 
 
 def test_finished_groups_free_their_prefix_slots(tokenizer):

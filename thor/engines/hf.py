@@ -162,7 +162,10 @@ class HFEngine:
             return []
         new_ids, logps = sample(self.model.get_output_embeddings()(hidden[last]), *settings)
         # One transfer for both, because reading from a GPU waits for it.
-        return self._append(sampled, *torch.stack([new_ids.double(), logps.double()]).tolist())
+        new_ids, logps = torch.stack([new_ids.double(), logps.double()]).tolist()
+        if any(map(math.isnan, logps)):  # the tokens are meaningless, and NaN would pass for an unknown log-prob
+            raise UserError("the model's logits are NaN or infinite: its weights are damaged, or overflow in its dtype")
+        return self._append(sampled, new_ids, logps)
 
     # ---- scheduling ----
 
