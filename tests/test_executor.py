@@ -214,6 +214,12 @@ def test_long_source_and_unusual_characters(ex):
     assert one(ex, "print('\ud800')").status == one(ex, "print(1)\0").status == "error"
 
 
+def test_memory_limit_is_1_gib_by_default():
+    with Executor(workers=1, preload=()) as ex:
+        codes = [f"x = bytearray({size} * 2**20)\nprint(len(x))" for size in (900, 1100)]
+        assert [result.status for result in ex.run(codes)] == ["ok", "memory"]
+
+
 def test_queued_snippet_can_be_cancelled(ex):
     busy = [ex.submit("import time\ntime.sleep(0.3)\nprint(1)") for _ in range(4)]
     last = ex.submit("print(2)")

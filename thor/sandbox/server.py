@@ -252,7 +252,8 @@ class Zygote:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         hello = {"layers": sorted(self.active), "folder": self.folder}
-        hello |= {"prefixes": [sys.prefix, sys.base_prefix], "libraries": sys.path}
+        prefixes = (sys.prefix, sys.base_prefix)
+        hello |= {"prefixes": [*prefixes, *map(os.path.realpath, prefixes)], "libraries": sys.path}
         self.control.sendall(json.dumps(hello).encode() + b"\n")
         poll = select.poll()
         poll.register(self.control, select.POLLIN)
