@@ -469,19 +469,28 @@ def test_eos_ends_a_completion(tokenizer):
 class StrippingTokenizer:
     """Like the tokenizer of Llama 2, it strips the space before the first token of a text."""
 
-    words = " so", " ```python", "\n", "```", "1"
+    words = " so", " so ```python", " ```python", "\n", "```", "1"
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.words[i] for i in ids]
 
     def decode(self, ids: list[int], **_) -> str:
         return "".join(self.words[i] for i in ids).removeprefix(" ")
 
 
-def test_engine_and_parser_read_the_same_fence():
-    """After other tokens the space stays, so that " ```python" opens no block for the engine and for the parser."""
-    tokenizer, ids = StrippingTokenizer(), [1, 2, 4, 2, 3]
+@pytest.mark.parametrize(("ids", "closed"), [([1, 3, 5, 3, 4], False), ([2, 3, 5, 3, 4], True)])
+def test_engine_and_parser_read_the_same_fence(ids, closed):
+    """After other tokens the space before the first word stays, and indents the fence."""
+    tokenizer = StrippingTokenizer()
     partial = PartialCompletion(Request("a", [0], 9, stop=FenceParser()), 9, set(), tokenizer)
-    assert not any(partial.push(i, 0.0) for i in ids)
-    assert not parse_step(tokenizer, ids, [0])[1].closed
-    assert parse_step(tokenizer, ids)[1].closed  # at the start of a text the space is stripped
+    done = [partial.push(i, 0.0) for i in ids]
+    assert not any(done[:-1]) and bool(done[-1]) == closed
+    act, parser = parse_step(tokenizer, ids, [0])
+    assert parser.closed == closed and parser.text == partial.request.stop.text == "".join(
+        tokenizer.words[i] for i in ids
+    )
+    assert act == (0 if closed else len(ids)) and parser.open_at == (1 if closed else -1)
+    assert parse_step(tokenizer, ids)[1].text == parser.text[1:]  # at the start of a text the space is stripped
 
 
 def test_invalid_requests_are_rejected(tokenizer):

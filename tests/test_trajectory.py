@@ -28,7 +28,7 @@ PROBLEM = Problem("p", "What?", "4")
         ),
         (ExecResult("no_output", "", "no output: use print()"), "no output: use print()"),
         (ExecResult("no_output", " \n\t\n", "no output: use print()"), "no output: use print()"),
-        (ExecResult("no_output"), "no_output"),  # a failure is never an empty text
+        (ExecResult("no_output"), "no output"),  # a failure is never an empty text
         (ExecResult("memory"), "memory"),
     ],
 )
