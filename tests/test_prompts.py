@@ -9,6 +9,7 @@ from tokenizer_zoo import CONTROL, ZOO
 from thor.prompts import PROMPT_FILE, PROMPTS, Prompt, load_prompt
 from thor.settings import UserError, prompt_for
 from thor.text import control_ids, decode
+from thor.tirgen.roles import FewShotActor, FewShotCritic
 
 SYSTEM_REFUSED = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -77,6 +78,15 @@ def test_plain_text_prompt_keeps_bos(name):
         ids = prompt.render(tokenizer, "What is the sum?")
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
         assert tokenizer.eos_token_id not in ids
+
+
+def test_few_shot_prompts_keep_bos():
+    tokenizer = ZOO["byte_fallback"]
+    for ids, shared in (
+        FewShotActor(tokenizer).prompt("1+1?"),
+        FewShotCritic(tokenizer).prompt("1+1?", "", ["Add </s>."]),
+    ):
+        assert ids[0] == tokenizer.bos_token_id and control_ids(tokenizer).isdisjoint(ids[1:]) and 0 < shared < len(ids)
 
 
 def test_plain_text_prompt_of_a_tokenizer_that_adds_no_bos():

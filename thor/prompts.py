@@ -93,8 +93,6 @@ PROMPTS = {  # built-in prompts by name
     "tool-base": Prompt(TOOL_SYSTEM, BASE_USER, chat=False),
     "plain-base": Prompt(PLAIN_SYSTEM, BASE_USER, chat=False, tools=False),
 }
-
-
 TYPE_NAMES = {str: "text", bool: "true or false", dict: "a mapping"}
 
 
@@ -124,11 +122,6 @@ def load_prompt(name_or_file: str | Path) -> Prompt:
     if QUESTION not in prompt.user:
         raise ValueError(f"{name_or_file}: user: must contain {QUESTION}")
     return prompt
-
-
-def render_chat(tokenizer, user: str, system: str = "") -> list[int]:
-    """Return the token ids of a chat up to the point where the assistant's reply begins."""
-    return Prompt(system).render(tokenizer, user)
 
 
 def opened_thought(tokenizer, prompt_ids: list[int]) -> str:

@@ -15,7 +15,7 @@ from thor.demo import few_shot_actor, few_shot_critic, few_shot_plain
 from thor.engines import StopRule
 from thor.prompts import QUESTION, TIRGEN_PROMPTS, Prompt, load_prompt, opened_thought
 from thor.settings import UserError
-from thor.text import FenceParser, encode
+from thor.text import FenceParser, encode, start_ids
 from thor.tirgen.critic import numbers, show_parts, split_parts
 
 FEW_SHOT = "few-shot"  # name of the prompts for small base models
@@ -88,7 +88,7 @@ class FewShotActor:
         return self._prompt(few_shot_plain(question), question)
 
     def _prompt(self, shared: str, question: str) -> tuple[list[int], int]:
-        ids = encode(self.tokenizer, shared)
+        ids = start_ids(self.tokenizer) + encode(self.tokenizer, shared)
         return ids + encode(self.tokenizer, f"Question: {question}\n"), len(ids)
 
     def stop(self, max_tokens: int) -> StopRule:
@@ -158,7 +158,7 @@ class FewShotCritic:
         return "\\boxed" not in text or not numbers(text) <= numbers(observed)
 
     def prompt(self, question: str, solution: str, parts: list[str], feedback: str = "") -> tuple[list[int], int]:
-        shared = encode(self.tokenizer, few_shot_critic(question))
+        shared = start_ids(self.tokenizer) + encode(self.tokenizer, few_shot_critic(question))
         step = show_parts(parts)
         return shared + encode(self.tokenizer, f"Question: {question}\nStep: {step}\nRewrite:"), len(shared)
 
