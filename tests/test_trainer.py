@@ -1,6 +1,7 @@
 """Tests of training runs: documented metrics, guards against non-finite steps, sampling, checkpoints and resuming."""
 
 import json
+import math
 import os
 import random
 import re
@@ -199,6 +200,22 @@ def test_three_skipped_steps_in_a_row_stop_sft(tmp_path, monkeypatch):
     assert len(rows) == 2 and all(len(row["logp"]) == 2 for row in rows)
     assert all(Trajectory.from_dict(row).action_positions == [2, 3] for row in rows)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [lambda value: value + float("inf"), lambda value: (value - value.detach()).sqrt()],
+    ids=["loss", "gradient"],
+)
+def test_step_is_skipped_if_only_its_loss_or_only_its_gradient_is_not_finite(run, tokenizer, fault):
+    model = tiny_llama(tokenizer)
+    trainer = Trainer(model, run, SETTINGS)
+    before = [p.detach().clone() for p in model.parameters()]
+    metrics = trainer.step([Sample(ledger([1], [2]))], lambda batch, scores: (fault(-scores.logp.sum()), {}))
+    assert math.isfinite(metrics["loss"]) != math.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"] == 1 and trainer.state["skipped_in_a_row"] == 1
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert len(list((run / "skipped").iterdir())) == 1
 
 
 def test_rank_without_samples_of_a_skipped_batch_dumps_no_file(run, tokenizer):
