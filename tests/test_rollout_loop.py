@@ -119,18 +119,25 @@ class StopAfter:
 
 SLOW = {
     "all": lambda n: 0.02,
-    "some": lambda n: 0.2 if n % 8 == 3 else 0.001,  # much slower than the rest of a trajectory
+    "some": lambda n: 0.2 if n % 5 == 3 else 0.001,  # much slower than the rest of a trajectory
 }
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("kv_tokens", [700, 200_000])  # room for 4 and for all 16 rows
-@pytest.mark.parametrize(("group", "shared"), [(1, 0), (8, 49)])
-@pytest.mark.parametrize("slow", SLOW)
-def test_no_token_is_computed_twice_while_tools_run(tokenizer, slow, group, shared, kv_tokens, deterministic):
-    """48 trajectories on at most 16 rows, with up to four rounds of different lengths."""
-    engine = HFEngine(tiny_llama(tokenizer), tokenizer, max_rows=16, kv_tokens=kv_tokens)
-    engine.eos, counts = set(), count_tokens(engine)
+@pytest.mark.parametrize(
+    ("slow", "group", "kv_tokens", "deterministic"),
+    [
+        ("all", 1, 200_000, False),
+        ("some", 1, 200_000, False),
+        ("some", 6, 200_000, False),
+        ("some", 6, 700, False),  # room for 4 rows
+        ("some", 1, 700, False),
+        ("some", 6, 700, True),
+    ],
+)
+def test_no_token_is_computed_twice_while_tools_run(tokenizer, slow, group, kv_tokens, deterministic):
+    """24 trajectories on at most 8 rows, with up to four rounds of different lengths. A group shares its prompt."""
+    engine = HFEngine(tiny_llama(tokenizer), tokenizer, max_rows=8, kv_tokens=kv_tokens)
+    engine.eos, counts, shared = set(), count_tokens(engine), 49 if group > 1 else 0
 
     def trajectory(i: int):
         ids = [(i // group * 7 + j) % 200 for j in range(50)]
@@ -143,18 +150,18 @@ def test_no_token_is_computed_twice_while_tools_run(tokenizer, slow, group, shar
         return len(ids) - 6  # without the last token and what follows it
 
     with SlowTools(SLOW[slow]) as tools:
-        lengths = drive([trajectory(i) for i in range(48)], engine, tools, deterministic=deterministic)
-    assert sum(counts) == sum(lengths) - shared * (48 - 48 // group)
+        lengths = drive([trajectory(i) for i in range(24)], engine, tools, deterministic=deterministic)
+    assert sum(counts) == sum(lengths) - shared * (24 - 24 // group)
 
 
 def test_solve_computes_no_token_twice(tokenizer):
-    """A group of 24 on four rows, whose tools take 20 ms."""
+    """A group of 12 on four rows, whose tools take 20 ms."""
     tokenizer = byte_tokenizer(WORDS)
     engine = HFEngine(talkative_model(tokenizer), tokenizer, max_rows=4)
     counts = count_tokens(engine)
     with SlowTools(lambda n: 0.02) as tools:
-        trajectories = solve(engine, tools, PROBLEMS[:1] * 24, Sampling(max_tokens=100, max_rounds=4))
-    assert sum(len(t.results) for t in trajectories) > 24
+        trajectories = solve(engine, tools, PROBLEMS[:1] * 12, Sampling(max_tokens=80, max_rounds=4))
+    assert sum(len(t.results) for t in trajectories) > 12
     # Each trajectory computes the last token of its prompt and its response, except the last token that was sampled.
     own = sum(t.steps[-1].observe_start for t in trajectories)
     assert sum(counts) == own + len(trajectories[0].prompt_ids) - 1
