@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thor.prompts import NO_ROUNDS, PROMPTS, observation_text
-from thor.rollout import INFRA_TRIES, Sampling, drive, regenerate_step, solve, split_think
+from thor.rollout import Sampling, drive, regenerate_step, solve, split_think
 from thor.run_folder import to_line
 from thor.settings import derive_seed
 from thor.text import decode
@@ -306,7 +306,8 @@ def test_infra_is_retried_and_then_reported(tokenizer):
     trajectory, _, executor = solve_scripted(
         tokenizer, turns("```python\n1\n```"), judge=lambda code: ExecResult("infra")
     )
-    assert trajectory.finish == "infra" and len(executor.codes) == INFRA_TRIES
+    assert trajectory.finish == "infra" and len(executor.codes) == 3
+    assert (trajectory.steps[0].code, trajectory.steps[0].result) == (None, None)
     results = iter([ExecResult("infra"), ExecResult("ok", "1")])
     trajectory, _, _ = solve_scripted(tokenizer, turns("```python\n1\n```", "end"), judge=lambda code: next(results))
     assert trajectory.finish == "stop" and trajectory.steps[0].result.passed
@@ -366,6 +367,32 @@ def test_regenerates_either_of_two_failed_steps(tokenizer):
         assert sample.reward == 1.0 and sample.steps[0].act_start == 2
 
 
+def test_limits_and_prefix_of_a_regenerated_step(tokenizer):
+    """It may become as long as its trajectory could, and shares all of its prompt but the last token."""
+    trajectory = two_failures(tokenizer)
+    step = trajectory.steps[1]
+    kept = step.act_start - 4
+    for context, max_tokens in ((10**6, 300), (len(trajectory.prompt_ids) + kept + 20, 1000)):
+        engine = ScriptedEngine(tokenizer, turns("x"), context=context)
+        drive([regenerate_step(engine, trajectory, step, "s", Sampling(max_tokens), 4)], engine, ScriptedExecutor(None))
+        [request] = engine.requests
+        assert request.token_ids == trajectory.all_token_ids[: len(trajectory.prompt_ids) + kept]
+        assert request.max_tokens == min(max_tokens - kept, context - len(request.token_ids)) > 0
+        assert request.shared == len(request.token_ids) - 1
+
+
+def test_regenerated_block_that_starts_within_r_pre(tokenizer):
+    """The thought "``" is kept, and the sample completes the fence."""
+    trajectory = solve_scripted(tokenizer, turns("a\n``x\n```python\nbad\n```", "end"))[0]
+    engine = ScriptedEngine(tokenizer, turns("`python\nprint(1)\n```"))
+    task = regenerate_step(engine, trajectory, trajectory.steps[0], "s", ROOMY, 2)
+    [sample] = drive([task], engine, ScriptedExecutor(passes_unless_bad))
+    assert sample.prompt_ids == trajectory.prompt_ids + trajectory.token_ids[:4]
+    [step] = sample.steps
+    assert (step.think_start, step.act_start, step.observe_start, step.end) == (0, 0, len(sample), len(sample))
+    assert step.code == "print(1)\n" and sample.finish == "stop" and sample.reward == 1.0
+
+
 def test_regeneration_without_a_block_or_with_infra_is_none(tokenizer):
     trajectory = two_failures(tokenizer)
     step = trajectory.steps[0]
@@ -387,7 +414,54 @@ def test_regenerated_step_that_fails_has_reward_0(tokenizer):
     assert sample.reward == 0.0
 
 
-# ---- seeds ----------------------------------------------------------------------------------------------------------
+# ---- requests and seeds ---------------------------------------------------------------------------------------------
+
+
+def test_defaults_of_sampling():
+    expected = {"max_tokens": 256, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0}
+    assert dataclasses.asdict(Sampling()) == expected | {"max_rounds": 3, "observation_limit": 256}
+
+
+def test_each_request_has_the_settings_of_the_sampling(tokenizer):
+    sampling = Sampling(max_tokens=70, temperature=0.7, top_p=0.9, top_k=5)
+    trajectory, engine, _ = solve_scripted(tokenizer, turns(BLOCK, "end"), sampling)
+    again = ScriptedEngine(tokenizer, turns(BLOCK))
+    task = regenerate_step(again, trajectory, trajectory.steps[0], "s", sampling, 9)
+    drive([task], again, ScriptedExecutor(passes_unless_bad))
+    for request in engine.requests + again.requests:
+        assert (request.temperature, request.top_p, request.top_k) == (0.7, 0.9, 5)
+    length = trajectory.steps[0].end
+    assert [request.max_tokens for request in engine.requests] == [70, 70 - length]
+
+
+def test_observation_has_the_length_of_the_sampling(tokenizer):
+    def prints_much(code):
+        return ExecResult("ok", "x" * 999)
+
+    for limit in (10, 20):
+        sampling = Sampling(max_tokens=2000, observation_limit=limit)
+        trajectory, _, _ = solve_scripted(tokenizer, turns(BLOCK, "end"), sampling, prints_much)
+        assert trajectory.text(tokenizer).count("x") == limit
+
+
+def requests_of(tokenizer, problems, reply=None, sampling=ROOMY, **options):
+    engine = ScriptedEngine(tokenizer, reply or turns("x"))
+    solve(engine, ScriptedExecutor(passes_unless_bad), problems, sampling, **options)
+    return engine.requests
+
+
+def test_shared_prefix_is_the_prompt_of_a_group_or_what_all_prompts_share(tokenizer):
+    questions = [Problem(name, question) for name, question in [("a", "Why 1?"), ("b", "Why 23?"), ("c", "What?")]]
+    [alone] = requests_of(tokenizer, questions[:1])
+    assert alone.shared == 0
+    for problems, common in ((questions[:2], "Why "), (questions, "Wh")):
+        for request in requests_of(tokenizer, problems):
+            text = decode(tokenizer, request.token_ids[: request.shared])
+            assert text == decode(tokenizer, PROMPTS["tool"].render(tokenizer, "Why")).partition("Why")[0] + common
+    group = requests_of(tokenizer, [questions[0], questions[1], questions[0]])
+    assert [request.shared for request in group if request.id != "b#0"] == [len(alone.token_ids) - 1] * 2
+    [single] = [request for request in group if request.id == "b#0"]
+    assert 0 < single.shared < len(single.token_ids) - 1
 
 
 def test_derived_seeds_are_distinct_and_repeatable():
@@ -395,11 +469,34 @@ def test_derived_seeds_are_distinct_and_repeatable():
     assert len({derive_seed(s, i, n) for s in range(5) for i in range(5) for n in "ab"}) == 50
 
 
+def test_every_turn_and_every_correction_has_a_seed_that_depends_on_the_seed_and_the_name(tokenizer):
+    bad = "```python\nbad\n```"  # its corrections start from the same tokens
+    problems = [PROBLEM, PROBLEM, Problem("q", PROBLEM.question)]
+    seeds = []
+    for seed in (0, 1):
+        sampling = Sampling(max_tokens=900, seed=seed)
+        requests = requests_of(tokenizer, problems, turns(bad, bad, bad, "end"), sampling, self_correct=2)
+        seeds += [request.seed for request in requests]
+    assert len(seeds) == len(set(seeds)) == 2 * 3 * 4
+
+
 def test_seeds_of_a_problem_do_not_depend_on_the_other_problems(tokenizer):
     others = [Problem(str(i), "What?", "") for i in range(3)]
     seeds = []
     for problems in ([*others, PROBLEM, PROBLEM], [PROBLEM, others[0], PROBLEM]):
-        engine = ScriptedEngine(tokenizer, turns("x"))
-        solve(engine, ScriptedExecutor(passes_unless_bad), problems, ROOMY)
-        seeds.append(sorted(r.seed for r in engine.requests if r.id.startswith("p#")))
+        requests = requests_of(tokenizer, problems)
+        seeds.append(sorted(r.seed for r in requests if r.id.startswith("p#")))
     assert seeds[0] == seeds[1] and len(set(seeds[0])) == 2
+
+
+def test_seed_of_a_regenerated_step_depends_on_the_seed_and_the_name(tokenizer):
+    trajectory = two_failures(tokenizer)
+    engine = ScriptedEngine(tokenizer, turns("x"))
+    tasks = [
+        regenerate_step(engine, trajectory, trajectory.steps[0], name, Sampling(seed=seed), 9)
+        for name in "ab"
+        for seed in (0, 1)
+    ]
+    for task in tasks:
+        drive([task], engine, ScriptedExecutor(None))
+    assert len({request.seed for request in engine.requests}) == 4

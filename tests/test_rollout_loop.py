@@ -62,6 +62,31 @@ def test_decoding_does_not_wait_for_tools(tokenizer):
     assert sorted(finished[:5]) == [1, 2, 3, 4, 5] and finished[5] == 0
 
 
+def test_loop_sleeps_while_all_trajectories_wait_for_tools(tokenizer):
+    engine = ScriptedEngine(tokenizer, one_block)
+    calls, has_work = 0, engine.has_work
+
+    def count():
+        nonlocal calls
+        calls += 1
+        return has_work()
+
+    engine.has_work = count
+    with SlowTools(lambda n: 0.3) as tools:
+        solve(engine, tools, PROBLEMS[:1], SAMPLING)
+    assert calls < 20
+
+
+@pytest.mark.parametrize("delays", [[0.0, 0.1, 0.2], [0.2, 0.1, 0.0]])
+def test_requests_of_a_deterministic_rollout_are_in_the_order_of_its_tasks(tokenizer, delays):
+    engine = ScriptedEngine(tokenizer, one_block)
+    step_once = engine.step
+    engine.step = lambda: [completion for _ in engine.queue[:] for completion in step_once()]  # all requests at once
+    with SlowTools(lambda n: delays[n - 1]) as tools:
+        solve(engine, tools, PROBLEMS[:3], SAMPLING, deterministic=True)
+    assert [request.id for request in engine.requests] == ["p0#0", "p1#0", "p2#0"] * 2
+
+
 # ---- trajectories in flight -----------------------------------------------------------------------------------------
 
 
@@ -84,8 +109,9 @@ def test_tasks_in_flight_are_limited_and_all_run(tokenizer, max_rows, in_flight,
         return i
 
     for deterministic in (False, True):
-        tasks, tools = [task(i) for i in range(9)], ScriptedExecutor(passes_unless_bad)
-        values = drive(tasks, engine, tools, in_flight=in_flight, deterministic=deterministic)
+        tasks, most = [task(i) for i in range(9)], 0
+        with SlowTools(lambda n: 0.01) as tools:
+            values = drive(tasks, engine, tools, in_flight=in_flight, deterministic=deterministic)
         assert values == list(range(9)) and most == expected
 
 
@@ -273,6 +299,68 @@ def test_error_in_grade_ends_the_rollout_and_drops_all_requests(tokenizer):
         sampling = Sampling(max_tokens=10**9, max_rounds=10**9)
         solve(engine, ScriptedExecutor(passes_unless_bad), PROBLEMS, sampling, grade=grade)
     assert not engine.has_work()
+
+
+def test_error_does_not_wait_for_grades(tokenizer):
+    """More grades wait than run. After an error, those that run are left alone, and the others never start."""
+    engine = ScriptedEngine(tokenizer, lambda request, turn: "x")
+    started, release = [], threading.Event()
+
+    def grade(value):
+        started.append(value)
+        assert release.wait(60)
+
+    def task(i: int):
+        yield Request(str(i), [1], 5)
+        if i == GRADERS + 3:
+            raise ZeroDivisionError
+        return i
+
+    try:
+        with pytest.raises(ZeroDivisionError):
+            drive([task(i) for i in range(GRADERS + 4)], engine, ScriptedExecutor(None), grade=grade)
+    finally:
+        release.set()
+    time.sleep(0.1)
+    assert len(started) == GRADERS
+
+
+def test_error_closes_all_tasks(tokenizer):
+    engine = ScriptedEngine(tokenizer, lambda request, turn: "x")
+    closed = []
+
+    def task(i: int):
+        try:
+            yield Request(str(i), [1], 5)
+            raise ZeroDivisionError
+        finally:
+            closed.append(i)
+
+    tasks = [task(i) for i in range(3)]
+    with pytest.raises(ZeroDivisionError):
+        drive(tasks, engine, ScriptedExecutor(None))
+    assert sorted(closed) == [0, 1, 2]
+
+
+def test_two_requests_with_one_name_are_refused(tokenizer):
+    engine, other = (ScriptedEngine(tokenizer, lambda request, turn: "x") for _ in "ab")
+
+    def task(engine, name: str):
+        return (yield Ask(engine, Request(name, [1], 5))).id
+
+    with pytest.raises(AssertionError, match="two requests named a"):
+        drive([task(engine, "a"), task(engine, "a")], engine, ScriptedExecutor(None))
+    assert drive([task(engine, "a"), task(other, "a")], engine, ScriptedExecutor(None)) == ["a", "a"]
+
+
+def test_request_that_the_caller_added_before_is_ignored(tokenizer):
+    engine = ScriptedEngine(tokenizer, lambda request, turn: "x")
+    engine.add(Request("other", [1], 5))
+
+    def task():
+        return (yield Request("a", [1], 5)).id
+
+    assert drive([task()], engine, ScriptedExecutor(None)) == ["a"]
 
 
 def test_interrupted_drive_leaves_no_requests_behind(tokenizer):
