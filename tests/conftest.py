@@ -16,12 +16,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from thor.engines import Completion, Request
@@ -78,7 +82,10 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mistral")
 
 
 def tiny_model(family: str, tokenizer, seed: int = 0, **changes) -> PreTrainedModel:
-    """A random model of two layers. gemma3 (first layer only) and mistral use sliding windows of 16 tokens."""
+    """A random model of two layers. gemma3 (first layer only) and mistral use sliding windows of 16 tokens.
+
+    `family` is one of FAMILIES, or 'qwen3_moe' or 'mixtral', which have experts (the former in its second layer only).
+    """
     if family == "llama":
         return tiny_llama(tokenizer, seed, **changes)
     more = {
@@ -90,12 +97,16 @@ def tiny_model(family: str, tokenizer, seed: int = 0, **changes) -> PreTrainedMo
             "query_pre_attn_scalar": 8,
         },
         "mistral": {"sliding_window": 16},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 80, "mlp_only_layers": [0]},
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     }[family]
     config_class, model_class = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+        "mixtral": (MixtralConfig, MixtralForCausalLM),
     }[family]
     torch.manual_seed(seed)
     return model_class(config_class(**tiny_settings(tokenizer) | more | changes)).eval()

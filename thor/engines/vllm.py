@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from thor.engines.base import Completion, PartialCompletion, Request, end_tokens
+from thor.engines.weight_push import WeightPush
 
 TESTED_VERSIONS = ("0.32",)  # minor versions that the tests pass with; must match pyproject.toml
 
@@ -24,9 +25,9 @@ CANARY = (
     "Natalia has 48 clips and sells half of them. How many are left?\nHalve 48 with code.\n"
     "```python\nprint(48 // 2)\n```\n```output\n24\n```\nSo the answer is \\boxed{24}."
 )
-# Allowed mean |difference| of the canary's log-probs between a float32 trainer and an engine of this dtype. Measured
-# with a 135M model on the CPU: 8e-6 in float32 and 5e-2 in bfloat16. A missed Adam step with lr 2e-5 changes the
-# log-probs by 1e-3 and a missed tied head by 4e-1. A float32 engine detects both, a bfloat16 engine only the latter.
+# Allowed mean |difference| of the log-probs between a float32 trainer and an engine of this dtype: the rounding of a
+# 135M model on the CPU (8e-6 and 5e-2) with some room. It detects a model that vLLM computes differently. Whether the
+# new weights arrived is checked exactly, see thor/engines/weight_push.py.
 CANARY_TOLERANCE = {torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -84,6 +85,10 @@ class VLLMEngine:
         self.eos = end_tokens(source, self.tokenizer)
         self.context = self.llm.llm_engine.model_config.max_model_len
         self.score, self.max_rows = score, rows
+        if score:
+            [self.model] = self.llm.apply_model(lambda model: model)
+            with torch.device("meta"):
+                self.skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
         self.partial: dict[str, PartialCompletion] = {}
         self.asleep = False
 
@@ -143,22 +148,28 @@ class VLLMEngine:
             self.asleep = True
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load the trainer's parameters: full tensors by their Hugging Face names, of any dtype, on any device.
+        """Load the trainer's parameters: full tensors by their names in the model, of any dtype, on any device.
 
-        vLLM's loaders fuse projections and convert the dtype. Afterwards engine and trainer score a fixed text. Raises
-        RuntimeError if their log-probs differ, because sampling from wrong weights would otherwise go unnoticed.
+        Raises RuntimeError, with names, if vLLM does not compute with exactly these weights in its dtype afterwards.
+        Also raises it if engine and trainer disagree about the log-probs of a fixed text.
         """
         if self.score is None:
             raise RuntimeError("cannot update weights: this VLLMEngine has no `score` to verify them with")
         assert not self.partial, "cannot update weights while requests are being sampled"
         if self.asleep:  # the KV cache later, so that it never coexists with two copies of the weights
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_parameters})
-        self.llm.apply_model(_repack_heads)
+        push = WeightPush(self.model, self.skeleton)
+        if not self.cuda:
+            _repack_experts_on_loading(self.model)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": push.send(named_parameters)})
+        _repack_heads(self.model)
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
         self._reset_prefix_cache()
+        if faults := push.faults(_weights_in_use(self.model)):
+            dtype = self.llm.llm_engine.model_config.dtype
+            raise RuntimeError(f"vLLM did not load the new weights in {dtype} ({faults})")
         self._check_canary()
 
     def _reset_prefix_cache(self) -> None:
@@ -166,17 +177,21 @@ class VLLMEngine:
             raise RuntimeError("vLLM did not reset its prefix cache, whose keys and values are outdated")
 
     def _check_canary(self) -> None:
+        """Compare the log-probs of a fixed text (prefill) and of a few tokens that follow it (decode)."""
         ids = self.tokenizer.encode(CANARY, add_special_tokens=False)
-        params = self.vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        options = {"ignore_eos": True, "prompt_logprobs": 0, "logprobs": 0, "detokenize": False}
+        params = self.vllm.SamplingParams(max_tokens=8, temperature=0, **options)
         [output] = self.llm.generate([self.vllm.inputs.tokens_input(ids)], params, use_tqdm=False)
-        ours = torch.tensor([logps[i].logprob for logps, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)])
+        ids = ids + list(output.outputs[0].token_ids)
+        logps = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        ours = torch.tensor([at[i].logprob for at, i in zip(logps, ids[1:], strict=True)])
         theirs = torch.as_tensor(list(self.score(ids)), dtype=torch.float32)
         gap = (ours - theirs).abs().mean().item()
         dtype = self.llm.llm_engine.model_config.dtype
         if not gap <= CANARY_TOLERANCE[dtype]:  # NaN fails too
             raise RuntimeError(
-                f"vLLM did not load the new weights: the log-probs of a fixed text differ from the trainer's by "
-                f"{gap:.2g} per token on average; at most {CANARY_TOLERANCE[dtype]:g} is allowed in {dtype}"
+                f"vLLM does not compute what the trainer does: the log-probs of a fixed text differ by {gap:.2g} per "
+                f"token on average; at most {CANARY_TOLERANCE[dtype]:g} is allowed in {dtype}"
             )
 
 
@@ -217,6 +232,34 @@ def _preserve_process_state() -> Iterator[None]:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+
+
+@torch.no_grad()
+def _weights_in_use(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight) of each parameter as the layers compute with it; twice if a layer also has a packed copy.
+
+    On the CPU, linear layers and heads compute with a packed copy. It is recovered by applying the layer to the
+    identity matrix, which is exact in every dtype.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    for path, module in model.named_modules():
+        rows = module.org_vocab_size if isinstance(module, VocabParallelEmbedding) else None  # padding follows them
+        for name, parameter in module.named_parameters(recurse=False):
+            copies = [parameter] if parameter.numel() else []
+            if name == "weight" and parameter.is_cpu and isinstance(module, (LinearBase, ParallelLMHead)):
+                identity = torch.eye(module.input_size, dtype=parameter.dtype)
+                copies.append(module.quant_method.apply(module, identity).t())
+            for weight in copies:
+                yield f"{path}.{name}", weight[:rows]
+
+
+def _repack_experts_on_loading(model: torch.nn.Module) -> None:
+    """Make the next load pack the experts for the CPU kernels, which vLLM does only when it creates these kernels."""
+    for module in model.modules():
+        if hasattr(module, "w13_weight"):
+            module.quant_method.moe_kernel = None
 
 
 def _repack_heads(model: torch.nn.Module) -> None:
