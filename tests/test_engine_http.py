@@ -552,7 +552,7 @@ def test_self_correction_over_http(server, connect, executor):
     [t] = solve(engine, executor, [problem], Sampling(max_tokens=400), self_correct=1, suffix_tokens=5)
     kept = "Compute"  # the last five tokens of the thought are " it.\n"
     assert server.bodies[1]["prompt"] == t.prompt_ids + encode_text(kept)
-    assert t.text(engine.tokenizer, policy_only=True).startswith(kept + "\n```python\nprint(42)\n```It is")
+    assert t.text(engine.tokenizer, policy_only=True).startswith(kept + "\n```python\nprint(42)\n```\nIt is")
     assert [step.retries for step in t.steps] == [1, 0] and t.corrections == 1
     assert t.discarded == len(" it.\n```python\nprint(x)\n```")
     assert t.num_sampled + t.discarded == len(server.sent)
