@@ -1,32 +1,44 @@
 r"""Stage 4: answer questions with Python and self-correction, and evaluate models (paper, section 3.3).
 
     python run_infer.py "What is the remainder when 7**2024 is divided by 1001?"      # streams one trajectory
-    python run_infer.py --data problems.jsonl --limit 50 --out runs/mine              # evaluates a file or benchmark
+    python run_infer.py --data aime24,math500 --samples 4 --out runs/mine             # evaluates benchmarks or files
+    python run_infer.py --compare runs/theirs runs/mine                               # paired differences
     python run_infer.py                                                               # the quick start's results table
+    torchrun --nproc_per_node=8 run_infer.py --data math500 ...                       # divides the problems
 
 Self-correction: when a code block fails, the response is cut back to r_pre, the thought without its last L_suffix
 tokens, and sampling continues from there, at most --self_correct times per step. Discarded tokens are reported beside
-the accuracy. An evaluation writes <out>/eval.json and <out>/trajectories.jsonl.
+the accuracy.
+
+An evaluation writes <out>/results.json, <out>/results.md (the printed tables) and <out>/trajectories.jsonl, to which
+each problem is added once all its samples are graded. If it is interrupted, it prints the tables for what is done.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from thor.data import load_problems
+from thor.distributed import barrier, cpu_workers, gather, rank, start_ranks, world_size
 from thor.engines import Engine, load_engine
-from thor.evaluation import HELD_OUT_SAMPLING, evaluate, held_out, table
+from thor.evaluation import HELD_OUT_SAMPLING, TEST_TIMEOUT, ScoreLog, evaluate, held_out
+from thor.metrics import Score, Summary, compare, comparison_table, results_tables, summarize, table
 from thor.rollout import Sampling, solve
-from thor.run_folder import Run
+from thor.run_folder import Run, write_atomic
 from thor.sandbox import Executor
-from thor.settings import UserError, parse_settings, run_main, setting, user_errors
+from thor.settings import PROMPT_HELP, UserError, parse_settings, prompt_for, run_main, setting, user_errors
 from thor.text import FenceParser, extract_answer
-from thor.trajectory import Problem, Trajectory
+from thor.trajectory import Problem
+
+GENERAL_SAMPLING = Sampling(max_tokens=4096, temperature=0.6, max_rounds=5)  # the quick start has its own
 
 
 @dataclass(frozen=True)
@@ -34,30 +46,57 @@ class Settings:
     """Flags of run_infer.py."""
 
     question: str = setting("", "a question to answer", "data")
-    data: str = setting("", "problems to evaluate: a file, a benchmark, a hub data set, or 'synthetic'", "data")
+    data: str = setting(
+        "", "problems to evaluate: files, benchmarks, hub data sets or 'synthetic', with commas", "data"
+    )
     split: str = setting("test", "split of 'synthetic' or of a hub data set", "data")
-    limit: int = setting(0, "number of problems to load; 0: all (256 of 'synthetic')", "data", min=0)
+    limit: int = setting(0, "number of problems to load of each source; 0: all (256 of 'synthetic')", "data", min=0)
+    compare: list[str] = setting([], "runs: show the differences of each to the first", "data")  # noqa: RUF009
     model: str = setting("runs/rl/final", "demo model, folder, hub id, vllm:NAME, or URL of a vLLM server", "model")
+    prompt: str = setting("", PROMPT_HELP, "model")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
+    samples: int = setting(1, "k, samples of each problem (paper: 4)", "sampling", min=1)
     self_correct: int = setting(
         4, "maximum attempts per step to correct failed code (paper: 4); 0: off", "sampling", min=0
     )
     suffix_tokens: int = setting(100, "L_suffix: thought tokens to resample (paper: 100)", "sampling", min=0)
-    max_tokens: int = setting(
-        HELD_OUT_SAMPLING.max_tokens, "maximum tokens per response, tool output included", "sampling", min=1
+    max_tokens: int | None = setting(
+        None,
+        "maximum tokens per response, with tool output; empty: 4096, and 144 in the quick start",
+        "sampling",
+        min=1,
     )
-    max_rounds: int = setting(HELD_OUT_SAMPLING.max_rounds, "maximum tool calls per response (paper: 5)", "sampling")
-    temperature: float = setting(
-        HELD_OUT_SAMPLING.temperature, "sampling temperature; 0: greedy, without self-correction", "sampling", min=0
+    max_rounds: int | None = setting(
+        None, "maximum tool calls per response; empty: 5 as in the paper, and 2 in the quick start", "sampling", min=0
+    )
+    temperature: float | None = setting(
+        None, "0: greedy, without self-correction; empty: 0.6, and 0.4 in the quick start", "sampling", min=0
     )
     top_p: float = setting(1.0, "nucleus sampling probability", "sampling")
+    top_k: int = setting(0, "sample from the k most likely tokens; 0: off", "sampling", min=0)
     observation_limit: int = setting(256, "characters of tool output that the model sees", "sampling")
     rows: int = setting(64, "requests that decode at once", "memory", min=1)
     timeout: float = setting(5.0, "maximum seconds per code block", "run")
     memory_mb: int = setting(1024, "memory limit of a code block in MiB", "run", min=1)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
+    test_timeout: float = setting(TEST_TIMEOUT, "maximum seconds for the tests of a solution to a code problem", "run")
+    rank_timeout: float = setting(36000.0, "seconds that ranks wait for each other", "run")
     seed: int = setting(0, "random seed of sampling", "run")
     out: str = setting("runs/infer", "run folder to write (not for a single question)", "run")
     resume: bool = setting(False, "resume the run in --out", "run")
+
+
+def complete(settings: Settings) -> Settings:
+    """Fill in the limits that were not given. Raises UserError for settings that contradict each other."""
+    if bool(settings.question) + bool(settings.data) + bool(settings.compare) > 1:
+        raise UserError("a question, --data and --compare exclude each other")
+    default = GENERAL_SAMPLING if settings.question or settings.data else HELD_OUT_SAMPLING
+    names = [name for name in ("max_tokens", "max_rounds", "temperature") if getattr(settings, name) is None]
+    settings = dataclasses.replace(settings, **{name: getattr(default, name) for name in names})
+    if settings.temperature == 0 and settings.self_correct:
+        raise UserError("--temperature 0: greedy sampling would repeat its failures; add --self_correct 0")
+    if settings.temperature == 0 and settings.samples > 1:
+        raise UserError("--temperature 0: greedy samples would all be equal; use --samples 1")
+    return settings
 
 
 # ---- a single question ----------------------------------------------------------------------------------------------
@@ -93,10 +132,11 @@ class Printer:
         self.stream.flush()
 
 
-def answer_question(engine: Engine, executor: Executor, sampling: Sampling, settings: Settings) -> None:
+def answer_question(
+    engine: Engine, executor: Executor, sampling: Sampling, settings: Settings, options: dict[str, Any]
+) -> None:
     """Solve one question and stream its trajectory to stdout."""
     problem = Problem("question", settings.question)
-    options = {"self_correct": settings.self_correct, "suffix_tokens": settings.suffix_tokens}
     [trajectory] = solve(engine, executor, [problem], sampling, listener=Printer(), **options)
     answer = extract_answer(trajectory.text(engine.tokenizer, policy_only=True))
     print(f"\n\nanswer: {answer if answer is not None else '(none)'}", end="")
@@ -107,46 +147,100 @@ def answer_question(engine: Engine, executor: Executor, sampling: Sampling, sett
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def evaluate_model(
-    engine: Engine, executor: Executor, problems: list[Problem], sampling: Sampling, settings: Settings, run: Run
-) -> None:
-    """Evaluate the model on all problems that the run has not solved yet, write eval.json, and print the table."""
-    name = settings.model if "://" in settings.model else Path(settings.model).parent.name.upper() or settings.model
-    name += " + self-correction" if settings.self_correct else ""
+class Evaluation:
+    """The evaluation of one model in a run folder, divided over the ranks."""
 
-    def save(trajectory: Trajectory) -> None:
-        if trajectory.finish != "infra":  # the sandbox failed: a resumed run tries the problem again
-            run.write_trajectories("trajectories.jsonl", [trajectory], engine.tokenizer)
+    def __init__(self, run: Run, problems: list[Problem], settings: Settings) -> None:
+        self.run, self.problems, self.settings = run, problems, settings
+        self.log, self.name, self.started = ScoreLog(run.folder), run_name(settings), time.monotonic()
 
-    summary, _ = evaluate(
-        engine,
-        executor,
-        problems,
-        sampling,
-        name,
-        finished=[Trajectory.from_dict(record) for record in run.read("trajectories.jsonl")],
-        save=save,
-        self_correct=settings.self_correct,
-        suffix_tokens=settings.suffix_tokens,
-    )
-    run.write_json("eval.json", summary)
-    print(table(([] if settings.data else lineage(settings.model)) + [(name, summary)]))
+    def solve(self, engine: Engine, executor: Executor, sampling: Sampling, options: dict[str, Any]) -> None:
+        """Evaluate the problems that the run has not solved yet. If this is interrupted, print the tables so far."""
+        done = gather(self.log.merge(self.problems, self.settings.samples, retry=True) if rank() == 0 else None)[0]
+        todo = [p for p in self.problems if p.id not in done][rank() :: world_size()]
+        repeated = [problem for problem in todo for _ in range(self.settings.samples)]
+        save = partial(self.log.write, tokenizer=engine.tokenizer)
+        try:
+            if todo:
+                evaluate(engine, executor, repeated, sampling, self.name, save, self.settings.test_timeout, **options)
+            barrier()
+        except BaseException:
+            self.report()
+            raise
+        self.report()
+
+    def report(self) -> None:
+        """Write results.json and results.md, and print the tables. Problems that are not done are left out."""
+        if rank():
+            return
+        count, k = len(self.problems), self.settings.samples
+        groups = {id: records for id, records in self.log.read().items() if len(records) == k}
+        head = f"{self.name}: {count} problems" + (f", {k} samples of each" if k > 1 else "")
+        if len(groups) == count:
+            self.log.merge(self.problems, k)
+        else:
+            head += f"; interrupted, the numbers cover the {len(groups)} that are done"
+        scores = [Score.from_dict(record) for records in groups.values() for record in records]
+        if all(score.reward is None for score in scores):
+            print(head)
+            return
+        summary = summarize(scores)
+        rows = [] if self.settings.data else [*lineage(self.settings.model), (self.name, summary)]
+        text = f"{head}\n\n{table(rows) if rows else results_tables(summary)}"
+        earlier = self.run / "results.json"
+        seconds = time.monotonic() - self.started
+        seconds += json.loads(earlier.read_text())["seconds"] if earlier.exists() else 0
+        facts = {"name": self.name, "problems_of_run": count, "complete": len(groups) == count, "seconds": seconds}
+        self.run.write_json("results.json", facts | summary)
+        write_atomic(self.run / "results.md", text + "\n")
+        print(text)
 
 
-def lineage(model: str) -> list[tuple[str, dict]]:
+def run_name(settings: Settings) -> str:
+    """The model's own name (hub id, server's model, or name of its run), and whether self-correction is on."""
+    name = settings.model.removeprefix("vllm:")
+    if "://" in name:
+        name = name.partition("#")[2] or name
+    elif Path(name).is_dir():
+        path = Path(name).resolve()
+        name = path.parent.name if path.name == "final" else path.name
+    return name + (" + self-correction" if settings.self_correct else "")
+
+
+def lineage(model: str) -> list[tuple[str, Summary]]:
     """Return (name, summary) of each stage that led to the model <run>/final, oldest first.
 
-    The config.json of a run names the model that it started from.
+    The config.json of a run names the model that it started from, and its validation.jsonl holds the summaries before
+    and after training, of which those on the synthetic problems are used.
     """
-    rows: list[tuple[str, dict]] = []
+    rows, base = [], []
     folder, seen = Path(model.removeprefix("vllm:")).parent, set()
-    while folder not in seen and (folder / "eval.json").is_file() and (folder / "config.json").is_file():
+    while folder not in seen and (folder / "validation.jsonl").is_file() and (folder / "config.json").is_file():
         seen.add(folder)
-        rows.insert(0, (f"after {folder.name.upper()}", json.loads((folder / "eval.json").read_text())))
-        if (folder / "eval_base.json").is_file():
-            rows.insert(0, ("base", json.loads((folder / "eval_base.json").read_text())))
+        records = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+        records = [record for record in records if record["data"] == "synthetic"]
+        if records:
+            base = [("base", records[0])]
+            rows.insert(0, (f"after {folder.name.upper()}", records[-1]))
         folder = Path(json.loads((folder / "config.json").read_text()).get("model", "")).parent
-    return rows
+    return base + rows
+
+
+def compare_runs(folders: list[str]) -> None:
+    """Print the tables of one run, or of several the differences of each to the first. Raises UserError."""
+    scores = {}
+    for folder in folders:
+        scores[folder] = ScoreLog(folder).scores()
+        if not scores[folder]:
+            raise UserError(f"--compare {folder}: has no trajectories.jsonl of run_infer.py")
+    if len(folders) == 1:
+        print(results_tables(summarize(scores[folders[0]])))
+    for folder in folders[1:]:
+        try:
+            differences = compare(scores[folders[0]], scores[folder])
+        except ValueError as error:
+            raise UserError(f"--compare {folders[0]} {folder}: {error}") from error
+        print(comparison_table(differences, folders[0], folder))
 
 
 # ---- script ---------------------------------------------------------------------------------------------------------
@@ -154,34 +248,36 @@ def lineage(model: str) -> list[tuple[str, dict]]:
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, __doc__, argv, positional="question")
-    sampling = Sampling(
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        max_rounds=settings.max_rounds,
-        observation_limit=settings.observation_limit,
-    )
     with user_errors():
-        if settings.question and settings.data:
-            raise UserError("a question cannot be combined with --data")
-        if settings.self_correct and settings.temperature == 0:
-            raise UserError("--temperature 0: greedy sampling would repeat its failures; add --self_correct 0")
+        settings = complete(settings)
+        if settings.compare:
+            compare_runs(settings.compare)
+            return
+        remote = settings.model.startswith(("http://", "https://", "vllm:"))
+        device = settings.device
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            rank_device = start_ranks(settings.device, settings.rank_timeout)
+            device = device if remote else rank_device
+        prompt = prompt_for(settings.prompt, settings.model)
         run = None if settings.question else Run(settings.out, settings, settings.resume)
     with user_errors("--data"):
         problems = held_out()
         if settings.data:
             problems = load_problems(settings.data, settings.split, settings.limit or None, settings.seed)
-    with Executor(timeout=settings.timeout, memory_mb=settings.memory_mb) as executor:
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    sampling = Sampling(**{name: value for name, value in vars(settings).items() if name in fields})
+    options = {"prompt": prompt, "self_correct": settings.self_correct, "suffix_tokens": settings.suffix_tokens}
+    with Executor(cpu_workers(), settings.timeout, settings.memory_mb) as executor:
         with user_errors():
-            engine = load_engine(settings.model, settings.device, settings.rows if run else 1)
+            engine = load_engine(settings.model, device, settings.rows if run else 1)
             if run:
                 run.start()
         if run:
-            evaluate_model(engine, executor, problems, sampling, settings, run)
+            barrier()
+            Evaluation(run, problems, settings).solve(engine, executor, sampling, options)
         else:
-            answer_question(engine, executor, sampling, settings)
+            answer_question(engine, executor, sampling, settings, options)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, many_ranks=True)

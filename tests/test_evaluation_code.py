@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from thor.code_problems import code_blocks, convert, same, grading_program, typed_arguments
+from thor.code_problems import code_blocks, convert, grading_program, same, typed_arguments
 from thor.data import load_problems
 
 HUMANEVAL = {

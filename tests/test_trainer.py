@@ -250,7 +250,7 @@ def test_validation_keeps_the_curve_and_the_best_model(run, executor):
     records = run.read("validation.jsonl")
     assert [(r["step"], r["data"]) for r in records] == [(step, name) for step in range(4) for name in "ab"]
     assert [r["accuracy"][0] for r in records] == [0.25, 1.0, 0.75, 1.0, 0.0, 0.0, 0.5, 1.0]
-    assert records[2]["rewards"] == [1.0, 1.0, 1.0, 0.0]
+    assert records[2]["rewards"] == [[1.0], [1.0], [1.0], [0.0]]
     assert trainer.state["best"] == [0.875, 1]
     best = load_model(str(run / "best"), "cpu")[0]
     assert next(best.parameters()).unique().tolist() == [0.0]  # after the first of three iterations

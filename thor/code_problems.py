@@ -54,7 +54,7 @@ def code_problem(row: dict, where: str) -> tuple[str, str, str] | None:
         kind = f"{type(error).__name__}: {error}"
         raise ValueError(f"{where}: not a row of HumanEval, MBPP or EvalPlus ({kind})") from None
     tests = json.dumps({"name": name, "setup": setup, **tests})
-    return str(row.get("task_id") or ""), QUESTION.format(name=name, task=task), tests
+    return str(row.get("task_id", "")), QUESTION.format(name=name, task=task), tests
 
 
 def tested_function(code: str, test: str) -> str:

@@ -1,20 +1,35 @@
-"""Evaluation: metrics with bootstrap intervals, the held-out problems of the quick start, and its results table."""
+"""Evaluation: solve problems, grade the samples, and log each problem once all its samples are graded.
+
+The metrics and tables are in thor/metrics.py.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import threading
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
+from thor.code_problems import code_blocks, grading_program
 from thor.data import load_problems
+from thor.distributed import cpu_workers, rank
 from thor.engines import Engine, is_reproducible
+from thor.metrics import Score, equal_classes
 from thor.rollout import Sampling, solve
+from thor.run_folder import to_line, write_atomic
 from thor.sandbox import Executor
+from thor.text import decode, extract_answer
 from thor.trajectory import Problem, Trajectory
+from thor.verify import grade, verify
 
-HELD_OUT = 64  # number of held-out synthetic problems; all stages of the quick start are evaluated on them
-HELD_OUT_SAMPLING = Sampling(max_tokens=144, temperature=0.4, max_rounds=2)
+HELD_OUT = 256  # number of held-out synthetic problems; all stages of the quick start are evaluated on them
+HELD_OUT_SAMPLING = Sampling(max_tokens=144, temperature=0.4, max_rounds=2)  # as --eval_* of the other stages
+TEST_TIMEOUT, TEST_MEMORY_MB = 30.0, 2048  # limits of the tests of one solution
 
 
 def held_out() -> list[Problem]:
@@ -22,51 +37,73 @@ def held_out() -> list[Problem]:
     return load_problems("synthetic", split="test", limit=HELD_OUT)
 
 
-def bootstrap_interval(statistic: Callable, samples: np.ndarray, rounds: int = 1000) -> tuple[float, float]:
-    """Return the 95% percentile bootstrap interval of `statistic(samples)` over the rows of samples [P, ...].
+# ---- grading --------------------------------------------------------------------------------------------------------
 
-    The random seed is fixed, so the interval is reproducible for the same rows in the same order.
+
+class Grader:
+    """Grades trajectories for `solve`: answers with `verify`, code with its tests in an executor of their own.
+
+    timeout: limit in seconds for all tests of one solution. The executor starts with the first of them.
     """
-    rng = np.random.default_rng(0)
-    values = [statistic(samples[rng.integers(len(samples), size=len(samples))]) for _ in range(rounds)]
-    low, high = np.nanpercentile(values, [2.5, 97.5]) if not np.isnan(values).all() else (np.nan, np.nan)
-    return float(low), float(high)
+
+    def __init__(self, timeout: float = TEST_TIMEOUT) -> None:
+        self.timeout = timeout
+        self._executor: Executor | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._executor:
+            self._executor.close()
+
+    def __call__(self, trajectory: Trajectory, tokenizer) -> float | None:
+        """The reward: 1.0 for a right answer or a solution that passes its tests, else 0.0.
+
+        None if it is not known, because there is no gold answer or the sandbox failed.
+        """
+        if not trajectory.problem.tests:
+            return grade(trajectory, tokenizer)
+        ends = [(step.think_start, step.observe_start) for step in trajectory.steps]
+        blocks = [block for a, b in ends for block in code_blocks(decode(tokenizer, trajectory.token_ids[a:b]))]
+        if not blocks:
+            return 0.0
+        program, last_line = grading_program(trajectory.problem.tests, blocks, self.timeout)
+        with self._lock:
+            if not self._executor:
+                self._executor = Executor(cpu_workers(), self.timeout, TEST_MEMORY_MB)
+        result = self._executor.submit(program).result()
+        passed = result.passed and result.stdout.endswith(f"{last_line}\n")
+        return None if result.status == "infra" else float(passed)
 
 
-def summarize(trajectories: list[Trajectory]) -> dict[str, list[float] | int]:
-    """Return each metric as [value, low, high], and the numbers of trajectories.
+def score_problem(trajectories: Sequence[Trajectory], tokenizer) -> list[Score]:
+    """The scores of the graded samples of one problem, whose answers are compared with each other."""
+    answers = [
+        None if t.reward is None or t.problem.tests else extract_answer(t.text(tokenizer, policy_only=True))
+        for t in trajectories
+    ]
+    votes = equal_classes(answers, verify)
+    return [
+        Score(
+            source=t.problem.source,
+            id=t.problem.id,
+            sample=i,
+            reward=t.reward,
+            answer=answers[i],
+            vote=None if t.problem.tests else votes[i],
+            finish=t.finish,
+            tokens=t.num_sampled,
+            discarded=t.discarded,
+            corrections=t.corrections,
+            calls=[result.status for result in t.results],
+        )
+        for i, t in enumerate(trajectories)
+    ]
 
-    accuracy: mean reward. code_ratio: share of trajectories with at least one executed block.
-    code_pass_rate: passed / executed blocks. tokens: mean sampled tokens in the response.
-    discarded: mean sampled tokens that self-correction removed.
-    problems: trajectories with a score. infra: trajectories without one, because their sandbox failed.
 
-    Raises ValueError if no trajectory has a score.
-    """
-    kept = [t for t in trajectories if t.finish != "infra"]
-    if not kept:
-        reason = "the sandbox failed in every trajectory" if trajectories else "no trajectories"
-        raise ValueError(f"nothing to score: {reason}")
-    columns = np.array(
-        [
-            [t.reward, bool(t.results), sum(r.passed for r in t.results), len(t.results), t.num_sampled, t.discarded]
-            for t in kept
-        ],
-        dtype=float,
-    )
-
-    def pass_rate(rows: np.ndarray) -> float:
-        return rows[:, 2].sum() / rows[:, 3].sum() if rows[:, 3].sum() else float("nan")
-
-    statistics = {
-        "accuracy": lambda rows: rows[:, 0].mean(),
-        "code_ratio": lambda rows: rows[:, 1].mean(),
-        "code_pass_rate": pass_rate,
-        "tokens": lambda rows: rows[:, 4].mean(),
-        "discarded": lambda rows: rows[:, 5].mean(),
-    }
-    summary: dict = {name: [float(f(columns)), *bootstrap_interval(f, columns)] for name, f in statistics.items()}
-    return {**summary, "problems": len(kept), "infra": len(trajectories) - len(kept)}
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -75,49 +112,107 @@ def evaluate(
     problems: list[Problem],
     sampling: Sampling,
     name: str,
-    finished: Sequence[Trajectory] = (),
-    save: Callable[[Trajectory], None] | None = None,
+    save: Callable[[list[Score], list[Trajectory]], None] | None = None,
+    test_timeout: float = TEST_TIMEOUT,
     **options,
-) -> tuple[dict, list[Trajectory]]:
-    """Solve and grade each problem once. Return the summary, and the trajectories in the order of the problems.
+) -> list[Score]:
+    """Solve and grade `problems`. Return the scores of all samples, for `summarize` and `compare`.
 
+    problems: repeat an entry n times for n samples of that problem.
     name: label of the progress bar.
-    finished: graded trajectories of an interrupted evaluation. Their problems are not solved again.
-    save: called with each new trajectory once it is graded. The order depends on when trajectories end.
+    save: called with the scores and the trajectories of each problem, once all its samples are graded. The order of
+        the problems depends on when trajectories end.
+    test_timeout: limit in seconds for the tests of one solution of a code problem.
     options: passed to `solve`.
     """
-    known: dict[str, list[Trajectory]] = {}
-    for trajectory in finished:
-        known.setdefault(trajectory.problem.id, []).append(trajectory)
-    trajectories = [known[p.id].pop(0) if known.get(p.id) else None for p in problems]
-    todo = [i for i, trajectory in enumerate(trajectories) if trajectory is None]
-    correct = sum(trajectory.reward or 0 for trajectory in finished)
+    trajectories: list[Trajectory | None] = [None] * len(problems)
+    members: dict[str, list[int]] = defaultdict(list)
+    for i, problem in enumerate(problems):
+        members[problem.id].append(i)
+    scores: list[Score] = []
+    finished: deque[Future] = deque()
+    graded = right = 0
+
+    def finish(samples: list[Trajectory]) -> None:
+        new = score_problem(samples, engine.tokenizer)
+        scores.extend(new)
+        if save:
+            save(new, samples)
 
     def done(i: int, trajectory: Trajectory) -> None:
-        nonlocal correct
-        trajectories[todo[i]] = trajectory
-        correct += trajectory.reward or 0  # None without a gold answer, and if the sandbox failed
-        if save:
-            save(trajectory)
+        nonlocal graded, right
+        trajectories[i] = trajectory
+        samples = [trajectories[j] for j in members[problems[i].id]]
+        if None not in samples:
+            finished.append(thread.submit(finish, samples))
+        while finished and finished[0].done():
+            finished.popleft().result()  # raises what `finish` raised
+        graded, right = graded + (trajectory.reward is not None), right + (trajectory.reward or 0)
+        bar.set_postfix_str(f"accuracy {100 * right / max(1, graded):.1f}%", refresh=False)
         bar.update()
-        bar.set_postfix(correct=int(correct))
 
-    deterministic = is_reproducible(engine)
-    with tqdm(total=len(problems), initial=len(problems) - len(todo), desc=name, unit="problem") as bar:
-        new = [problems[i] for i in todo]
-        solve(engine, executor, new, sampling, done=done, deterministic=deterministic, **options)
-    return summarize(trajectories), trajectories
+    with (
+        tqdm(total=len(problems), desc=name, unit="sample", disable=rank() > 0) as bar,
+        Grader(test_timeout) as grader,
+        ThreadPoolExecutor(1) as thread,  # compares the answers of a problem and saves them, beside the event loop
+    ):
+        options = {"grade": grader, "done": done, "deterministic": is_reproducible(engine), **options}
+        solve(engine, executor, problems, sampling, **options)
+        for future in finished:
+            future.result()
+    return scores
 
 
-def table(rows: list[tuple[str, dict]]) -> str:
-    """Format summaries as a table: percentages and tokens per problem, with 95% intervals in brackets."""
+class ScoreLog:
+    """trajectories.jsonl of an evaluation: a line for each sample, with its `Score`, question, gold answer and text.
 
-    def cell(triple: list[float], scale: float = 100) -> str:
-        value, low, high = (x * scale for x in triple)
-        return "     -      " if value != value else f"{value:5.1f} [{low:.0f}-{high:.0f}]"
+    The lines of a problem are written at once. Each rank has its own file, and `merge` joins them.
+    """
 
-    lines = [f"{'':24s} {'accuracy %':16s} {'code ratio %':16s} {'code pass %':16s} {'tokens':16s} discarded"]
-    for name, s in rows:
-        percents = "".join(f" {cell(s[key]):16s}" for key in ("accuracy", "code_ratio", "code_pass_rate"))
-        lines.append(f"{name:24s}{percents} {cell(s['tokens'], 1):16s} {s['discarded'][0]:.1f}")
-    return "\n".join(lines)
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / f"trajectories{f'.{rank()}' if rank() else ''}.jsonl"
+
+    def write(self, scores: list[Score], trajectories: list[Trajectory], tokenizer) -> None:
+        """Append the samples of one problem."""
+        lines = [
+            to_line(
+                dataclasses.asdict(score)
+                | {"question": t.problem.question, "gold": t.problem.answer, "text": t.text(tokenizer)}
+            )
+            for score, t in zip(scores, trajectories, strict=True)
+        ]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+    def read(self) -> dict[str, list[dict]]:
+        """problem id -> the records of its samples in order, of all ranks. A line that a crash cut off is left out."""
+        groups: dict[str, dict[int, dict]] = defaultdict(dict)
+        for path in sorted(self.folder.glob("trajectories*.jsonl")):
+            with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+                for record in (json.loads(line) for line in file if line.endswith("\n")):
+                    groups[record["id"]][record["sample"]] = record
+        return {id: [group[i] for i in sorted(group)] for id, group in groups.items()}
+
+    def scores(self) -> list[Score]:
+        """The scores of all ranks."""
+        return [Score.from_dict(record) for group in self.read().values() for record in group]
+
+    def merge(self, problems: Sequence[Problem], samples: int, retry: bool = False) -> set[str]:
+        """Join the files of all ranks in the order of `problems`, and return the ids of those that are in it.
+
+        Problems of which a sample is missing are removed, and with `retry` also those of which one has no score. Call
+        it on rank 0 only, while no rank writes.
+        """
+        groups = self.read()
+        kept = {
+            problem.id: groups[problem.id]
+            for problem in problems
+            if len(groups.get(problem.id, ())) == samples
+            and not (retry and any(record["reward"] is None for record in groups[problem.id]))
+        }
+        text = "".join(to_line(record) for group in kept.values() for record in group)
+        write_atomic(self.folder / "trajectories.jsonl", text)
+        for path in self.folder.glob("trajectories.*.jsonl"):
+            path.unlink()
+        return set(kept)

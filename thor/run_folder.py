@@ -64,8 +64,9 @@ class Run:
         return self.folder / name
 
     def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, with null for NaN and infinity."""
         if rank() == 0:
-            write_atomic(self / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            write_atomic(self / name, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
 
     def append(self, name: str, record: dict) -> None:
         """Add one line to a jsonl file."""
@@ -110,7 +111,7 @@ class Run:
         """Add one line to metrics.jsonl, with null for NaN and infinity, and report the others to the trackers."""
         if rank():
             return
-        clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
+        clean = finite(metrics)
         self.append("metrics.jsonl", {"step": step, **clean})
         self.track(step, clean)
 
@@ -177,6 +178,15 @@ def check_trackers(names: str) -> list[str]:
         if name not in installed:
             raise UserError(f"--report_to {name}: its package is not installed; pip install {name}")
     return wanted
+
+
+def finite(value: Any) -> Any:
+    """JSON data with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_line(record: dict) -> str:

@@ -50,9 +50,13 @@ class UserError(Exception):
 def setting(default: Any, help: str, topic: str, min: float | None = None) -> Any:
     """A field of a settings dataclass, which becomes the flag --NAME.
 
-    topic: group of the flag in --help. min: smallest valid value.
+    default: a list makes a flag that takes one or more values. topic: group of the flag in --help. min: smallest valid
+    value; None, as the default of a number, has none.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "topic": topic, "min": min})
+    metadata = {"help": help, "topic": topic, "min": min}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def by_model(demo: Any, other: Any, help: str, topic: str, min: float | None = None) -> Any:
@@ -110,7 +114,7 @@ def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positi
         shown = {"help": field.metadata["help"]}
         for plain in (kind, *typing.get_args(kind)):  # `int | None` is an int in --help
             shown |= {"metavar": METAVARS[plain]} if plain in METAVARS else {}
-        plain = dataclasses.field(default=field.default, metadata=shown)
+        plain = dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=shown)
         topics[field.metadata.get("topic", "run")].append((field.name, kind, plain))
     groups = [  # HfArgumentParser makes one group of flags per dataclass
         dataclasses.make_dataclass(topic, fields, namespace={"_argument_group_name": topic})
@@ -147,7 +151,10 @@ def _flags_from(config: str, cls: type, parser: _Parser) -> list[str]:
         parser.error(f"--config {config}: must consist of 'name: value' lines")
     for name in sorted({str(name) for name in values} - {field.name for field in dataclasses.fields(cls)}):
         parser.error(f"--config {config}: no setting is named {name!r}")
-    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+    values = {
+        name: value if isinstance(value, list) else [value] for name, value in values.items() if value is not None
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
 
 
 PROMPT_HELP = "prompt: tool, plain, tool-base, plain-base or a YAML file; empty: the model's own, or tool"

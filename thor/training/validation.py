@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from thor.data import load_problems
 from thor.distributed import gather, rank, world_size
 from thor.engines import Engine
-from thor.evaluation import bootstrap_interval, evaluate, summarize, table
+from thor.evaluation import evaluate
+from thor.metrics import mean_interval, summarize, table
 from thor.prompts import Prompt
 from thor.rollout import Sampling
-from thor.run_folder import Run
+from thor.run_folder import Run, finite
 from thor.sandbox import Executor
 from thor.settings import derive_seed
 from thor.training.model import policy_parameters, save_model
 from thor.training.trainer import TrainSettings
 from thor.trajectory import Problem
 
-LOGGED = ("accuracy", "code_ratio", "code_pass_rate", "tokens")  # means that the trackers get
+LOGGED = ("accuracy", "code_ratio", "code_pass_rate", "truncated", "tokens")  # means that the trackers get
 
 
 def load_validation(settings: TrainSettings, demo: bool) -> dict[str, list[Problem]]:
@@ -62,16 +62,17 @@ class Validation:
         self.engine.update_weights(policy_parameters(model))
         means = []
         for name, problems in self.sources.items():
-            repeated = [problem for problem in problems for _ in range(self.settings.eval_samples)]
-            mine = repeated[rank() :: world_size()]
+            mine = [p for p in problems[rank() :: world_size()] for _ in range(self.settings.eval_samples)]
             sampling = replace(self.sampling, seed=derive_seed(self.settings.seed, "validation"))
             label = f"{name}, step {step}"
-            _, part = evaluate(self.engine, self.executor, mine, sampling, label, prompt=self.prompt)
-            parts = gather(part)
-            trajectories = [parts[i % world_size()][i // world_size()] for i in range(len(repeated))]
-            summary = summarize(trajectories)
-            rewards = [trajectory.reward for trajectory in trajectories]
-            self.run.append("validation.jsonl", {"step": step, "data": name, **summary, "rewards": rewards})
+            part = evaluate(self.engine, self.executor, mine, sampling, label, prompt=self.prompt)
+            scores = [score for part in gather(part) for score in part]
+            rewards: dict[str, list[float]] = {problem.id: [] for problem in problems}
+            for score in scores:
+                rewards[score.id] += [] if score.reward is None else [score.reward]
+            summary = summarize(scores)
+            record = {"step": step, "data": name, **summary, "rewards": list(rewards.values())}
+            self.run.append("validation.jsonl", finite(record))
             self.run.track(step, {f"validation/{name}/{key}": summary[key][0] for key in LOGGED})
             means.append(summary["accuracy"][0])
         accuracy = sum(means) / len(means)
@@ -91,10 +92,9 @@ class Validation:
             first, *_, last = (record for record in records if record["data"] == name)
             rows = [(f"{name}, step {record['step']}", record) for record in (first, last)]
             # the same problems in the same order: differences within problems have far less noise than two means
-            problems = [
-                np.array(r["rewards"], dtype=float).reshape(-1, self.settings.eval_samples) for r in (first, last)
-            ]
-            change = np.nanmean(problems[1], axis=1) - np.nanmean(problems[0], axis=1)
-            low, high = bootstrap_interval(np.nanmean, change)
-            lines += [table(rows), f"change {np.nanmean(change):+.1%} [{low:+.1%}, {high:+.1%}]"]
+            pairs = zip(first["rewards"], last["rewards"], strict=True)
+            change = [sum(after) / len(after) - sum(before) / len(before) if before and after else None
+                      for before, after in pairs]  # fmt: skip
+            mean, low, high = mean_interval(change)
+            lines += [table(rows), f"change {mean:+.1%} [{low:+.1%}, {high:+.1%}]"]
         return "\n".join(lines)
