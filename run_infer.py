@@ -27,18 +27,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from thor.data import load_problems
+from thor.demo import DEMO_MODEL
 from thor.distributed import barrier, cpu_workers, gather, rank, start_ranks, world_size
 from thor.engines import Engine, load_engine
-from thor.evaluation import HELD_OUT_SAMPLING, TEST_TIMEOUT, ScoreLog, evaluate, held_out
+from thor.evaluation import TEST_TIMEOUT, ScoreLog, evaluate, held_out
 from thor.metrics import Score, Summary, compare, comparison_table, results_tables, summarize, table
 from thor.rollout import Sampling, solve
 from thor.run_folder import Run, write_atomic
 from thor.sandbox import Executor
-from thor.settings import PROMPT_HELP, UserError, parse_settings, prompt_for, run_main, setting, user_errors
+from thor.settings import (
+    PROMPT_HELP,
+    UserError,
+    by_model,
+    fill_defaults,
+    parse_settings,
+    prompt_for,
+    run_main,
+    setting,
+    user_errors,
+)
 from thor.text import FenceParser, extract_answer
 from thor.trajectory import Problem
-
-GENERAL_SAMPLING = Sampling(max_tokens=4096, temperature=0.6, max_rounds=5)  # the quick start has its own
 
 
 @dataclass(frozen=True)
@@ -60,18 +69,9 @@ class Settings:
         4, "maximum attempts per step to correct failed code (paper: 4); 0: off", "sampling", min=0
     )
     suffix_tokens: int = setting(100, "L_suffix: thought tokens to resample (paper: 100)", "sampling", min=0)
-    max_tokens: int | None = setting(
-        None,
-        "maximum tokens per response, with tool output; empty: 4096, and 144 in the quick start",
-        "sampling",
-        min=1,
-    )
-    max_rounds: int | None = setting(
-        None, "maximum tool calls per response; empty: 5 as in the paper, and 2 in the quick start", "sampling", min=0
-    )
-    temperature: float | None = setting(
-        None, "0: greedy, without self-correction; empty: 0.6, and 0.4 in the quick start", "sampling", min=0
-    )
+    max_tokens: int | None = by_model(144, 4096, "maximum tokens per response, with tool output", "sampling", min=1)
+    max_rounds: int | None = by_model(2, 5, "maximum tool calls per response (paper: 5)", "sampling", min=0)
+    temperature: float | None = by_model(0.4, 0.6, "0: greedy, without self-correction", "sampling", min=0)
     top_p: float = setting(1.0, "nucleus sampling probability", "sampling")
     top_k: int = setting(0, "sample from the k most likely tokens; 0: off", "sampling", min=0)
     observation_limit: int = setting(256, "characters of tool output that the model sees", "sampling")
@@ -85,18 +85,14 @@ class Settings:
     resume: bool = setting(False, "resume the run in --out", "run")
 
 
-def complete(settings: Settings) -> Settings:
-    """Fill in the limits that were not given. Raises UserError for settings that contradict each other."""
+def check(settings: Settings) -> None:
+    """Raise UserError for settings that contradict each other."""
     if bool(settings.question) + bool(settings.data) + bool(settings.compare) > 1:
         raise UserError("a question, --data and --compare exclude each other")
-    default = GENERAL_SAMPLING if settings.question or settings.data else HELD_OUT_SAMPLING
-    names = [name for name in ("max_tokens", "max_rounds", "temperature") if getattr(settings, name) is None]
-    settings = dataclasses.replace(settings, **{name: getattr(default, name) for name in names})
     if settings.temperature == 0 and settings.self_correct:
         raise UserError("--temperature 0: greedy sampling would repeat its failures; add --self_correct 0")
     if settings.temperature == 0 and settings.samples > 1:
         raise UserError("--temperature 0: greedy samples would all be equal; use --samples 1")
-    return settings
 
 
 # ---- a single question ----------------------------------------------------------------------------------------------
@@ -185,7 +181,7 @@ class Evaluation:
             print(head)
             return
         summary = summarize(scores)
-        rows = [] if self.settings.data else [*lineage(self.settings.model), (self.name, summary)]
+        rows = [] if self.settings.data else [*stages(self.settings.model), (self.name, summary)]
         text = f"{head}\n\n{table(rows) if rows else results_tables(summary)}"
         earlier = self.run / "results.json"
         seconds = time.monotonic() - self.started
@@ -207,23 +203,26 @@ def run_name(settings: Settings) -> str:
     return name + (" + self-correction" if settings.self_correct else "")
 
 
-def lineage(model: str) -> list[tuple[str, Summary]]:
-    """Return (name, summary) of each stage that led to the model <run>/final, oldest first.
+def lineage(model: str) -> list[tuple[Path, dict]]:
+    """(folder, settings) of each run that led to the model <run>/final, the latest first."""
+    runs: list[tuple[Path, dict]] = []
+    folder = Path(model.removeprefix("vllm:")).parent
+    while (folder / "config.json").is_file() and folder not in dict(runs):
+        runs.append((folder, json.loads((folder / "config.json").read_text())))
+        folder = Path(runs[-1][1].get("model", "")).parent
+    return runs
 
-    The config.json of a run names the model that it started from, and its validation.jsonl holds the summaries before
-    and after training, of which those on the synthetic problems are used.
-    """
-    rows, base = [], []
-    folder, seen = Path(model.removeprefix("vllm:")).parent, set()
-    while folder not in seen and (folder / "validation.jsonl").is_file() and (folder / "config.json").is_file():
-        seen.add(folder)
-        records = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
-        records = [record for record in records if record["data"] == "synthetic"]
-        if records:
-            base = [("base", records[0])]
-            rows.insert(0, (f"after {folder.name.upper()}", records[-1]))
-        folder = Path(json.loads((folder / "config.json").read_text()).get("model", "")).parent
-    return base + rows
+
+def stages(model: str) -> list[tuple[str, Summary]]:
+    """(name, summary) of the stages that led to a model, the first one first, on the synthetic problems."""
+    rows: list[tuple[str, Summary]] = []
+    for folder, _ in lineage(model):
+        file = folder / "validation.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        records = [record for record in map(json.loads, lines) if record["data"] == "synthetic"]
+        if records:  # the first one is from before the training
+            rows = [("base", records[0]), (f"after {folder.name.upper()}", records[-1]), *rows[1:]]
+    return rows
 
 
 def compare_runs(folders: list[str]) -> None:
@@ -249,10 +248,12 @@ def compare_runs(folders: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, __doc__, argv, positional="question")
     with user_errors():
-        settings = complete(settings)
+        check(settings)
         if settings.compare:
             compare_runs(settings.compare)
             return
+        first_model = [settings.model, *(config.get("model", "") for _, config in lineage(settings.model))][-1]
+        settings = fill_defaults(settings, first_model, DEMO_MODEL)
         remote = settings.model.startswith(("http://", "https://", "vllm:"))
         device = settings.device
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import byte_tokenizer, tiny_llama
 
-import run_infer
-from run_infer import GENERAL_SAMPLING, Settings, complete, run_name
-from thor.evaluation import HELD_OUT_SAMPLING
+from run_infer import Settings, check, lineage, run_name, stages
+from thor.metrics import table
 from thor.settings import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +54,7 @@ def start(cwd: Path, *flags: str, ranks: int = 1, **options) -> subprocess.Popen
 def infer(cwd: Path, *flags: str, ranks: int = 1) -> str:
     """Run run_infer.py and return what it prints."""
     with start(cwd, *flags, ranks=ranks) as process:
-        out, errors = process.communicate(timeout=180)
+        out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return out
 
@@ -79,19 +78,6 @@ def test_model_is_named_by_its_own_name(tmp_path, monkeypatch):
     assert run_name(Settings(model="a/b", self_correct=2)) == "a/b + self-correction"
 
 
-def test_limits_of_the_quick_start_are_not_those_of_other_problems():
-    def limits(settings):
-        return settings.max_tokens, settings.max_rounds, settings.temperature
-
-    def defaults(sampling):
-        return sampling.max_tokens, sampling.max_rounds, sampling.temperature
-
-    assert limits(complete(Settings())) == defaults(HELD_OUT_SAMPLING)
-    assert limits(complete(Settings(data="gsm8k"))) == defaults(GENERAL_SAMPLING)
-    assert limits(complete(Settings(question="?"))) == defaults(GENERAL_SAMPLING)
-    assert limits(complete(Settings(max_rounds=0, temperature=0.0, self_correct=0))) == (144, 0, 0)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -103,12 +89,13 @@ def test_limits_of_the_quick_start_are_not_those_of_other_problems():
 )
 def test_contradicting_settings_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        complete(settings)
+        check(settings)
 
 
-def test_evaluation_writes_results_of_all_sources(tmp_path, flags):
+def test_evaluation_writes_results_of_all_sources(tmp_path, model, flags):
     out = infer(tmp_path, *flags, "--out", "run")
     results = json.loads((tmp_path / "run/results.json").read_text())
+    assert f"{model} is not the demo model, so the defaults are: max_rounds 5, temperature 0.6" in out
     assert list(results["sources"]) == ["one", "two"] and results["complete"] and results["seconds"] > 0
     assert (results["problems"], results["samples"]) == (5, 2)
     assert (results["sources"]["one"]["problems"], results["sources"]["two"]["problems"]) == (3, 2)
@@ -142,12 +129,12 @@ def test_interrupted_evaluation_prints_what_is_done_and_says_so(tmp_path, flags)
     flags = [*flags, "--rows", "4", "--out", "run"]
     with start(tmp_path, *flags, **interruptible) as process:
         log = tmp_path / "run/trajectories.jsonl"
-        for _ in range(1200):
+        for _ in range(6000):
             if log.exists() and log.stat().st_size > 2000:
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=120)
+        out, errors = process.communicate(timeout=600)
     assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors, errors
     results = json.loads((tmp_path / "run/results.json").read_text())
     done = results["problems"]
@@ -167,11 +154,11 @@ def test_runs_are_compared(tmp_path, flags):
     assert "+100.0 [+100.0, +100.0]" in out and "| average" in out
     assert "100.0 [100-100]" in infer(tmp_path, "--compare", "b")
     with start(tmp_path, "--compare", "a", "missing") as process:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
     assert process.returncode == 2 and "--compare missing: has no trajectories.jsonl" in errors
 
 
-def test_lineage_of_the_quick_start_comes_before_its_own_row(tmp_path, monkeypatch):
+def test_stages_of_a_model_are_found_in_the_folders_of_its_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, model, values in (("sft", "smollm2-135m", [0.1, 0.2]), ("rl", "runs/sft/final", [0.2, 0.3, 0.4])):
         folder = Path("runs", name)
@@ -183,7 +170,11 @@ def test_lineage_of_the_quick_start_comes_before_its_own_row(tmp_path, monkeypat
             for data in ("synthetic", "other")
         ]
         (folder / "validation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    rows = run_infer.lineage("runs/rl/final")
+    assert lineage("runs/rl/final") == [
+        (Path("runs/rl"), {"model": "runs/sft/final"}),
+        (Path("runs/sft"), {"model": "smollm2-135m"}),
+    ]
+    rows = stages("runs/rl/final")
     assert [(name, row["accuracy"][0]) for name, row in rows] == [("base", 0.1), ("after SFT", 0.2), ("after RL", 0.4)]
-    assert "| 64       | 40.0 [30-50] | -" in run_infer.table(rows)
-    assert run_infer.lineage("smollm2-135m") == []
+    assert "| 64       | 40.0 [30-50] | -" in table(rows)
+    assert stages("smollm2-135m") == lineage("smollm2-135m") == []

@@ -27,8 +27,7 @@ from thor.text import decode, extract_answer
 from thor.trajectory import Problem, Trajectory
 from thor.verify import grade, verify
 
-HELD_OUT = 256  # number of held-out synthetic problems; all stages of the quick start are evaluated on them
-HELD_OUT_SAMPLING = Sampling(max_tokens=144, temperature=0.4, max_rounds=2)  # as --eval_* of the other stages
+HELD_OUT = 256  # synthetic problems on which all stages of the quick start are evaluated; as --eval_limit
 TEST_TIMEOUT, TEST_MEMORY_MB = 30.0, 2048  # limits of the tests of one solution
 
 
