@@ -169,26 +169,23 @@ class Evaluation:
         """Write results.json and results.md, and print the tables. Problems that are not done are left out."""
         if rank():
             return
-        count, k = len(self.problems), self.settings.samples
+        count, k, earlier = len(self.problems), self.settings.samples, self.run / "results.json"
         groups = {id: records for id, records in self.log.read().items() if len(records) == k}
-        head = f"{self.name}: {count} problems" + (f", {k} samples of each" if k > 1 else "")
+        seconds = time.monotonic() - self.started
+        seconds += json.loads(earlier.read_text())["seconds"] if earlier.exists() else 0
+        text = f"{self.name}: {count} problems, {k} sample{'s' * (k > 1)} of each, {seconds:.0f} s"
         if len(groups) == count:
             self.log.merge(self.problems, k)
         else:
-            head += f"; interrupted, the numbers cover the {len(groups)} that are done"
+            text += f"; interrupted, the numbers cover the {len(groups)} that are done"
         scores = [Score.from_dict(record) for records in groups.values() for record in records]
-        if all(score.reward is None for score in scores):
-            print(head)
-            return
-        summary = summarize(scores)
-        rows = [] if self.settings.data else [*stages(self.settings.model), (self.name, summary)]
-        text = f"{head}\n\n{table(rows) if rows else results_tables(summary)}"
-        earlier = self.run / "results.json"
-        seconds = time.monotonic() - self.started
-        seconds += json.loads(earlier.read_text())["seconds"] if earlier.exists() else 0
-        facts = {"name": self.name, "problems_of_run": count, "complete": len(groups) == count, "seconds": seconds}
-        self.run.write_json("results.json", facts | summary)
-        write_atomic(self.run / "results.md", text + "\n")
+        if any(score.reward is not None for score in scores):
+            summary = summarize(scores)
+            rows = [] if self.settings.data else [*stages(self.settings.model), (self.name, summary)]
+            text += f"\n\n{table(rows) if rows else results_tables(summary)}"
+            facts = {"name": self.name, "problems_of_run": count, "complete": len(groups) == count, "seconds": seconds}
+            self.run.write_json("results.json", facts | summary)
+            write_atomic(self.run / "results.md", text + "\n")
         print(text)
 
 

@@ -12,8 +12,9 @@ import pytest
 from conftest import byte_tokenizer, tiny_llama
 
 from run_infer import Settings, check, lineage, run_name, stages
+from thor.data import BENCHMARKS
 from thor.metrics import table
-from thor.settings import UserError
+from thor.settings import UserError, parse_settings
 
 ROOT = Path(__file__).parent.parent
 WORDS = ("\n```python\nprint(4)\n```\n", "\\boxed{4}", "\\boxed{5}")
@@ -90,6 +91,15 @@ def test_model_is_named_by_its_own_name(tmp_path, monkeypatch):
 def test_contradicting_settings_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         check(settings)
+
+
+@pytest.mark.parametrize("name", ["infer-qwen2.5-7b", "infer-qwen3-8b"])
+def test_settings_files_of_the_paper_are_complete(name):
+    settings = parse_settings(Settings, "", ["--config", str(ROOT / "docs/configs" / f"{name}.yaml")])
+    check(settings)
+    assert set(settings.data.split(",")) == {"aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench"}
+    assert set(settings.data.split(",")) <= set(BENCHMARKS) and settings.samples == 4 == settings.self_correct
+    assert None not in (settings.max_tokens, settings.max_rounds, settings.temperature)
 
 
 def test_evaluation_writes_results_of_all_sources(tmp_path, model, flags):
