@@ -146,9 +146,9 @@ def answer_question(
 class Evaluation:
     """The evaluation of one model in a run folder, divided over the ranks."""
 
-    def __init__(self, run: Run, problems: list[Problem], settings: Settings) -> None:
-        self.run, self.problems, self.settings = run, problems, settings
-        self.log, self.name, self.started = ScoreLog(run.folder), run_name(settings), time.monotonic()
+    def __init__(self, run: Run, problems: list[Problem], settings: Settings, name: str) -> None:
+        self.run, self.problems, self.settings, self.name = run, problems, settings, name
+        self.log, self.started = ScoreLog(run.folder), time.monotonic()
 
     def solve(self, engine: Engine, executor: Executor, sampling: Sampling, options: dict[str, Any]) -> None:
         """Evaluate the problems that the run has not solved yet. If this is interrupted, print the tables so far."""
@@ -189,14 +189,16 @@ class Evaluation:
         print(text)
 
 
-def run_name(settings: Settings) -> str:
-    """The model's own name (hub id, server's model, or name of its run), and whether self-correction is on."""
+def run_name(settings: Settings, tools: bool) -> str:
+    """The model's own name (hub id, server's model, or name of its run), and how it is used."""
     name = settings.model.removeprefix("vllm:")
     if "://" in name:
         name = name.partition("#")[2] or name
     elif Path(name).is_dir():
         path = Path(name).resolve()
         name = path.parent.name if path.name == "final" else path.name
+    if not tools:
+        return name + " without code"
     return name + (" + self-correction" if settings.self_correct else "")
 
 
@@ -272,7 +274,9 @@ def main(argv: list[str] | None = None) -> None:
                 run.start()
         if run:
             barrier()
-            Evaluation(run, problems, settings).solve(engine, executor, sampling, options)
+            Evaluation(run, problems, settings, run_name(settings, prompt.tools)).solve(
+                engine, executor, sampling, options
+            )
         else:
             answer_question(engine, executor, sampling, settings, options)
 

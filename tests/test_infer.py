@@ -75,8 +75,9 @@ def test_model_is_named_by_its_own_name(tmp_path, monkeypatch):
         "models/Qwen3-8B": "Qwen3-8B",
     }
     for model, name in names.items():
-        assert run_name(Settings(model=model, self_correct=0)) == name
-    assert run_name(Settings(model="a/b", self_correct=2)) == "a/b + self-correction"
+        assert run_name(Settings(model=model, self_correct=0), tools=True) == name
+    assert run_name(Settings(model="a/b", self_correct=2), tools=True) == "a/b + self-correction"
+    assert run_name(Settings(model="a/b", self_correct=2), tools=False) == "a/b without code"
 
 
 @pytest.mark.parametrize(
