@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -466,6 +467,18 @@ def test_unequal(prediction, gold):
 @pytest.mark.parametrize(("prediction", "gold"), [("", "5"), ("5", ""), ("", ""), (" ", " "), ("$", "$")])
 def test_an_empty_answer_is_never_correct(prediction, gold):
     assert verify(prediction, gold) is False
+
+
+TABLE = re.findall(
+    r"^\| ([^|]*) \|(.*)\|(.*)\|$", (Path(__file__).parents[1] / "docs/answers.md").read_text(), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(("rule", "equal", "not_equal"), TABLE[2:], ids=[row[0] for row in TABLE[2:]])
+def test_examples_of_the_documentation_hold(rule, equal, not_equal):
+    for examples, expected in ((equal, True), (not_equal, False)):
+        pairs = re.findall(r"(?=`([^`]+)` [=≠] `([^`]+)`)", examples)
+        assert (pairs or not examples.strip()) and {verify(*pair) for pair in pairs} <= {expected}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule[2] for rule in RULES])

@@ -324,8 +324,10 @@ class _Reader:
             first, second = self.argument(), self.argument()
             return quotient(first, second) if name == "frac" else Node("call", ("binomial", first, second))
         if name == "sqrt":
-            degree = self.sum() if self.take(BRACKET) else number(2)
-            self.take(_token(r"\]"))
+            degree = number(2)
+            if self.take(BRACKET):
+                degree = self.sum()
+                self.expect(_token(r"\]"))
             return Node("call", ("root", self.number() or self.argument(), degree))
         if name in FUNCTIONS:
             return self.call(name)
