@@ -12,15 +12,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from thor.attention import common_prefix, use_layout_attention
+from thor.attention import check_logits, common_prefix, empty_keys_and_values, hidden_states, use_layout_attention
 from thor.distributed import free_memory
 from thor.engines.base import Completion, PartialCompletion, Request
-from thor.engines.kv_cache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token, round_up
+from thor.engines.kv_cache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token, cached_logits, round_up
 from thor.settings import UserError
 
 # A prefix waits until another prefix has computed their common tokens, if that saves at least this many.
@@ -47,7 +48,7 @@ class HFEngine:
     share: fraction of the memory that is free now, used for the KV cache if kv_tokens is None. The rest is left to a
         trainer or to another engine. The ranks of a machine divide its memory.
 
-    Raises ValueError for a model that `thor.attention` does not support.
+    Raises UnsupportedModelError, with the reason, for a model that would not compute what its own forward pass does.
     """
 
     def __init__(
@@ -60,19 +61,21 @@ class HFEngine:
         share: float = 0.5,
     ) -> None:
         use_layout_attention(model)
+        free = free_memory(model.device)  # before the check packs weights for the CPU, see thor/fast_cpu.py
+        check_logits(model, partial(cached_logits, model), "its KV cache")
         self.model, self.tokenizer = model, tokenizer
         self.prefill_tokens = prefill_tokens
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        empty = empty_keys_and_values(model)
         if kv_tokens is None:
-            free = free_memory(model.device)
             if model.device.type == "cpu":
                 free -= sum(p.nbytes for p in model.parameters())  # room for a second copy of the weights
-            kv_tokens = max(0, int(share * free)) // bytes_per_token(model)
+            kv_tokens = max(0, int(share * free)) // bytes_per_token(empty)
         self.queue: deque[Request] = deque()
-        self.rows = Store(model, max_rows, kv_tokens - kv_tokens // 4)
-        self.prefixes = Store(model, max_rows, kv_tokens // 4)
+        self.rows = Store(empty, max_rows, kv_tokens - kv_tokens // 4)
+        self.prefixes = Store(empty, max_rows, kv_tokens // 4)
         self.sharing: dict[int, set[str]] = {}  # hash of a prefix -> ids of the queued requests that start with it
         self.steps = 0
 
@@ -150,12 +153,8 @@ class HFEngine:
         device = self.model.device
         last = torch.tensor(last, device=device, dtype=torch.long)
         settings = _sampling_settings(sampled, device)
-        hidden = self.model.base_model(
-            input_ids=torch.tensor([token_ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            layout=CacheLayout(self.rows, self.prefixes, decoding, chunks),
-        ).last_hidden_state[0]
+        layout = CacheLayout(self.rows, self.prefixes, decoding, chunks)
+        hidden = hidden_states(self.model, token_ids, positions, layout)
         for row in decoding:
             row.cached, row.last_used = row.cached + 1, self.steps
         if not sampled:

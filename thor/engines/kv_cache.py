@@ -3,7 +3,8 @@
 There are two stores: one holds a slot per request, the other a slot per prefix that several requests share. The first
 tokens of a request are in the slot of its prefix, the remaining tokens in the slot of the request.
 
-Shapes: R decoding rows, T tokens of one forward pass, P prefixes in use, H query heads, K key/value heads, D head size.
+Shapes: R decoding rows, T tokens of one forward pass, P prefixes in use, H query heads, K key/value heads, D head size
+of queries and keys, E head size of values.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from thor.attention import causal_sdpa
+from thor.attention import causal_sdpa, common_prefix, empty_keys_and_values, hidden_states
 from thor.engines.base import PartialCompletion, Request
 
 # Score of a masked key. Finite, because one part of a softmax may consist of masked keys only.
@@ -26,29 +27,26 @@ BLOCK = 64  # slot capacities are multiples of it
 
 
 class Store:
-    """Keys and values in slots: `keys[layer]` and `values[layer]` are [slots, K, capacity, D].
+    """Keys and values in slots: `keys[call]` is [slots, K, capacity, D], and `values[call]` [slots, K, capacity, E].
+
+    Each call of attention in a forward pass has its tensors. Most models call it once per layer.
 
     slots * capacity never exceeds `tokens`. Tensors grow by doubling and are written in place. They are initialized
     with zeros, because a masked weight of 0 times an uninitialized NaN would be NaN.
+
+    empty: keys and values without tokens, see `empty_keys_and_values`.
 
     Attributes:
         items: the Row or Prefix in each slot, or None.
     """
 
-    def __init__(self, model: PreTrainedModel, max_slots: int, tokens: int) -> None:
-        config = model.config.get_text_config()
-        self.shape = config.num_hidden_layers, *_head_shape(config)
-        self.dtype, self.device = model.dtype, model.device
-        self.max_slots, self.tokens = max_slots, tokens
+    def __init__(self, empty: list[tuple[torch.Tensor, torch.Tensor]], max_slots: int, tokens: int) -> None:
+        self.empty, self.max_slots, self.tokens = empty, max_slots, tokens
         self.clear()
 
     def clear(self) -> None:
         self.capacity, self.items = 0, []
-        self.keys, self.values = ([self._zeros(0, 0) for _ in range(self.shape[0])] for _ in "kv")
-
-    def _zeros(self, slots: int, capacity: int) -> torch.Tensor:
-        _, heads, size = self.shape
-        return torch.zeros(slots, heads, capacity, size, dtype=self.dtype, device=self.device)
+        self.keys, self.values = ([_zeros(x, 0, 0) for x in tensors] for tensors in zip(*self.empty, strict=True))
 
     def allocate(self, length: int, priority: Callable[[Any], float]) -> int | None:
         """Return a slot for `length` tokens, or None if too many items are in use.
@@ -75,10 +73,10 @@ class Store:
         """Change the number and capacity of slots. The items in the slots `keep` move to the front, others are lost."""
         length = min(capacity, self.capacity)
         for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):  # layer by layer, because two copies of all layers might not fit
-                tensors[layer] = self._zeros(slots, capacity)
+            for i, old in enumerate(tensors):  # one by one, because two copies of all might not fit
+                tensors[i] = _zeros(old, slots, capacity)
                 if keep:
-                    tensors[layer][: len(keep), :, :length] = old[keep, :, :length]
+                    tensors[i][: len(keep), :, :length] = old[keep, :, :length]
         self.capacity, self.items = capacity, [self.items[i] for i in keep] + [None] * (slots - len(keep))
 
     def copy_from(self, source: Store, source_slot: int, slot: int, start: int, count: int) -> None:
@@ -111,17 +109,14 @@ def round_up(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
 
-def bytes_per_token(model: PreTrainedModel) -> int:
-    """Memory of the keys and values of one token in all layers."""
-    config = model.config.get_text_config()
-    heads, size = _head_shape(config)
-    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+def _zeros(like: torch.Tensor, slots: int, capacity: int) -> torch.Tensor:
+    """[slots, K, capacity, D] for the K heads and the head size of `like` [..., K, tokens, D]."""
+    return like.new_zeros(slots, like.shape[-3], capacity, like.shape[-1])
 
 
-def _head_shape(config) -> tuple[int, int]:
-    """K and D."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def bytes_per_token(empty: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    """Memory of the keys and values of one token."""
+    return sum(x.shape[0] * x.shape[2] * x.itemsize for pair in empty for x in pair)
 
 
 @dataclass(eq=False)
@@ -213,7 +208,8 @@ class CacheLayout:
     """
 
     def __init__(self, rows: Store, prefixes: Store, decoding: list[Row], chunks: list[Chunk]) -> None:
-        self.rows, self.prefixes, self.chunks, device = rows, prefixes, chunks, rows.device
+        self.rows, self.prefixes, self.chunks, self.calls = rows, prefixes, chunks, 0
+        device = rows.empty[0][0].device
         self.R = len(decoding)
         self.lengths = torch.tensor([row.cached + 1 for row in decoding], device=device)
         self.row_index = torch.arange(self.R, device=device)
@@ -240,24 +236,25 @@ class CacheLayout:
             self.offsets = torch.tensor([row.offset for row in decoding], device=device)
         self.masks: dict[int | None, tuple] = {}  # by sliding window
 
-    def attend(self, layer: int, query, key, value, scaling: float, window: int | None) -> torch.Tensor:
-        """query [H, T, D], key and value [K, T, D] of the new tokens -> [H, T, D]."""
-        outputs = []
+    def attend(self, query, key, value, scaling: float, window: int | None) -> torch.Tensor:
+        """query [H, T, D], key [K, T, D] and value [K, T, E] of the new tokens -> [H, T, E]."""
+        outputs, call = [], self.calls
+        self.calls += 1
         if self.R:
-            self.rows.keys[layer][self.row_index, :, self.lengths - 1] = key[:, : self.R].transpose(0, 1)
-            self.rows.values[layer][self.row_index, :, self.lengths - 1] = value[:, : self.R].transpose(0, 1)
-            outputs.append(self._decode(layer, query[:, : self.R], key.shape[0], scaling, window))
+            self.rows.keys[call][self.row_index, :, self.lengths - 1] = key[:, : self.R].transpose(0, 1)
+            self.rows.values[call][self.row_index, :, self.lengths - 1] = value[:, : self.R].transpose(0, 1)
+            outputs.append(self._decode(call, query[:, : self.R], key.shape[0], scaling, window))
         first = self.R
         for chunk in self.chunks:
             last, end = first + len(chunk.token_ids), chunk.start + len(chunk.token_ids)
-            keys, values = chunk.store.keys[layer][chunk.slot], chunk.store.values[layer][chunk.slot]
+            keys, values = chunk.store.keys[call][chunk.slot], chunk.store.values[call][chunk.slot]
             keys[:, chunk.start : end] = key[:, first:last]
             values[:, chunk.start : end] = value[:, first:last]
             k, v = keys[:, :end], values[:, :end]
             if chunk.prefix is not None:
                 shared = slice(chunk.position - chunk.start)
-                k = torch.cat([self.prefixes.keys[layer][chunk.prefix, :, shared], k], 1)
-                v = torch.cat([self.prefixes.values[layer][chunk.prefix, :, shared], v], 1)
+                k = torch.cat([self.prefixes.keys[call][chunk.prefix, :, shared], k], 1)
+                v = torch.cat([self.prefixes.values[call][chunk.prefix, :, shared], v], 1)
             outputs.append(causal_sdpa(query[:, first:last], k, v, scaling, window))
             first = last
         return torch.cat(outputs, 1)
@@ -279,19 +276,19 @@ class CacheLayout:
             self.masks[window] = (own, prefix)
         return self.masks[window]
 
-    def _decode(self, layer: int, query, K: int, scaling: float, window: int | None) -> torch.Tensor:
-        """Attention of the decoding rows: query [H, R, D] -> [H, R, D].
+    def _decode(self, call: int, query, K: int, scaling: float, window: int | None) -> torch.Tensor:
+        """Attention of the decoding rows: query [H, R, D] -> [H, R, E].
 
         The softmax over [prefix | own slot] is computed in two parts, which are merged by their maxima and sums.
         """
         H, R, D = query.shape
         own_mask, prefix_mask = self._masks(window)
         q = query.transpose(0, 1).reshape(R, K, H // K, D)
-        keys, values = (x[layer][:R, :, : self.longest] for x in (self.rows.keys, self.rows.values))
+        keys, values = (x[call][:R, :, : self.longest] for x in (self.rows.keys, self.rows.values))
         top, total, out = _partial_softmax(q, keys, values, scaling, own_mask[:, None, None])
         if self.P:
             keys, values = (
-                x[layer][: self.P, :, : self.longest_prefix] for x in (self.prefixes.keys, self.prefixes.values)
+                x[call][: self.P, :, : self.longest_prefix] for x in (self.prefixes.keys, self.prefixes.values)
             )
             m = self.members.shape[1]
             grouped = F.pad(q, (0, 0) * 3 + (0, 1))[self.members].transpose(1, 2).reshape(self.P, K, -1, D)
@@ -310,14 +307,14 @@ class CacheLayout:
             weight, prefix_weight = (top - both).exp_(), (prefix_top - both).exp_()
             total = total * weight + prefix_total * prefix_weight
             out = out * weight + prefix_out * prefix_weight
-        return (out / total).to(query.dtype).reshape(R, H, D).transpose(0, 1)
+        return (out / total).to(query.dtype).reshape(R, H, -1).transpose(0, 1)
 
 
 def _partial_softmax(q, keys, values, scaling: float, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention over a part of the keys, in float32: maximum score, sum of weights, and unnormalized output.
 
-    q [P, K, q, D], keys and values [P, K, L, D], mask broadcastable to [P, K, q, L] (True is masked)
-    -> [P, K, q, 1], [P, K, q, 1], [P, K, q, D].
+    q [P, K, q, D], keys [P, K, L, D], values [P, K, L, E], mask broadcastable to [P, K, q, L] (True is masked)
+    -> [P, K, q, 1], [P, K, q, 1], [P, K, q, E].
     """
     scores = _float32_matmul(q, keys.transpose(-1, -2)).mul_(scaling).masked_fill_(mask, MASKED)
     top = scores.amax(-1, keepdim=True)
@@ -330,3 +327,44 @@ def _float32_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_cuda and a.dtype.itemsize == 2:  # without float32 copies of the inputs; CPUs have no such kernel
         return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
     return a.float() @ b.float()
+
+
+# ---- check when an engine is created --------------------------------------------------------------------------------
+
+
+def cached_logits(model: PreTrainedModel, sequences: list[list[int]]) -> list[torch.Tensor]:
+    """The logits [T, V] of three sequences, computed with a KV cache as HFEngine does, for `check_logits`.
+
+    The prefix that the first two share comes first. Then each forward pass computes a chunk or one token of every row,
+    so that chunks continue prefixes and earlier chunks, and rows of different lengths decode together.
+    """
+    empty, shared = empty_keys_and_values(model), common_prefix(*sequences[:2])
+    rows, prefixes = Store(empty, 3, 3 * BLOCK), Store(empty, 1, BLOCK)
+    prefix = Prefix(tuple(sequences[0][:shared]))
+    prefixes.resize(1, BLOCK, [])
+    rows.resize(3, BLOCK, [])
+    prefixes.items = [prefix]
+    rows.items = [Row(None, prefix, sequences[0]), Row(None, prefix, sequences[1]), Row(None, None, sequences[2])]
+
+    def forward(tokens: list[int], positions: list[int], decoding: list[Row], chunks: list[Chunk]) -> torch.Tensor:
+        layout = CacheLayout(rows, prefixes, decoding, chunks)
+        return model.get_output_embeddings()(hidden_states(model, tokens, positions, layout))
+
+    chunk = Chunk(list(prefix.token_ids), 0, prefixes, 0, 0, None)
+    logits = forward(chunk.token_ids, list(range(shared)), [], [chunk])
+    found = [[logits], [logits], []]
+    for counts in zip((2, 1, 1, 1), (6, 5, 1, 1), (10, 8, 1, 1), strict=True):
+        decoding, chunks, tokens, positions = [], [], [], []
+        for slot, (row, count) in enumerate(zip(rows.items, counts, strict=True)):
+            first = row.offset + row.cached
+            tokens += row.token_ids[first : first + count]
+            positions += range(first, first + count)
+            if count == 1:
+                decoding.append(row)
+            else:
+                chunks.append(Chunk(tokens[-count:], first, rows, slot, row.cached, 0 if row.prefix else None))
+        parts = forward(tokens, positions, decoding, chunks).split(counts)
+        for row, count, part, done in zip(rows.items, counts, parts, found, strict=True):
+            row.cached += count
+            done.append(part)
+    return [torch.cat(parts) for parts in found]

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from thor.attention import Tree
+from thor.attention import Tree, hidden_states
 
 MAX_LOGITS = 1 << 26  # logits that exist at the same time; 256 MiB in float32
 CACHE_LOGITS = 1 << 22  # logits that a CPU processes at a time; 16 MiB in float32, so that they stay in its cache
@@ -65,12 +65,7 @@ def score_text(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
 
 def score_pairs(model: PreTrainedModel, layout: Tree, pairs: torch.Tensor, temperature: float, chunk: int):
     """(logp, entropy, value) of `pairs` [N, 2]: (position in the row of the state that predicts, id of its target)."""
-    hidden = model.base_model(
-        input_ids=torch.tensor([layout.token_ids], device=pairs.device),
-        position_ids=torch.tensor([layout.positions], device=pairs.device),
-        use_cache=False,
-        layout=layout,
-    ).last_hidden_state[0]
+    hidden = hidden_states(model, layout.token_ids, layout.positions, layout)
     states, targets = pairs.unbind(1)
     head, value_head = model.get_output_embeddings(), getattr(model, "value_head", None)
 
