@@ -26,7 +26,6 @@ scarce memory limits how many requests decode at once). On GPUs it is not, becau
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections import Counter
@@ -56,7 +55,8 @@ from thor.settings import (
     setting,
     user_errors,
 )
-from thor.training.model import add_value_head, load_model, model_source, policy_parameters, sampling_copy, save_model
+from thor.training import load_model, model_source
+from thor.training.model import add_value_head, policy_parameters, reference_copy, sampling_copy, save_model
 from thor.training.ppo import ppo_advantages, value_loss
 from thor.training.problems import ProblemQueue, pass_rates
 from thor.training.scoring import Scores, score_text
@@ -381,7 +381,7 @@ def train(
     model, tokenizer, engine, executor, problems, run: Run, settings: Settings, prompt=PROMPTS["tool"], validate=None
 ) -> None:
     """All iterations, from the run's checkpoint if there is one. validate: see Trainer."""
-    reference = copy.deepcopy(model) if settings.kl_coef else None  # before the checkpoint is loaded
+    reference = reference_copy(model) if settings.kl_coef else None  # before the checkpoint is loaded
     if settings.estimator == "ppo":
         add_value_head(model)
     trainer = Trainer(model, run, settings, settings.temperature, settings.value_lr, reference, validate)

@@ -191,6 +191,38 @@ def test_gradients_with_and_without_tree_are_equal_when_sharded(gradients, ranks
     assert sum(name[-1] is True for name in gradients[ranks]) == 6
 
 
+RESHARD = """
+import torch
+from conftest import byte_tokenizer, tiny_llama
+from run_rl import Settings
+from test_objective import samples
+from thor.distributed import end_ranks, rank, start_ranks
+from thor.run_folder import Run
+from thor.training.model import prepare, reference_copy
+from thor.training.trainer import Trainer
+from torch.distributed.tensor import DTensor
+
+start_ranks("cpu", 60.0)
+model, settings = tiny_llama(byte_tokenizer()), Settings(report_to="none")
+prepare(model)
+trainer = Trainer(model, Run("never written", settings, resume=True), settings, reference=reference_copy(model))
+policy = trainer.score(samples())
+for scored in (trainer.reference, trainer.model):
+    found = trainer.score(samples(), scored)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(found, policy, strict=True))
+    assert all(isinstance(p, DTensor) for p in scored.parameters())
+print(f"rank {rank()} is done")
+end_ranks()
+"""
+
+
+def test_scoring_leaves_no_parameter_gathered(work):
+    """Neither of the policy nor of the reference, whose log-probs are equal at first."""
+    (work / "reshard.py").write_text(RESHARD)
+    done = torchrun(2, "reshard.py", cwd=work)
+    assert done.returncode == 0 and "rank 0 is done" in done.stdout, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_rl_on_several_ranks_gives_the_metrics_of_one_process(work, one_rank, ranks):
     done = torchrun(ranks, RUN_RL, *RL, "--out", f"rl{ranks}", cwd=work)

@@ -117,6 +117,7 @@ def free_memory(device: torch.device) -> int:
     The limit of a container is read from cgroup v2 at its usual mount point, as Docker and Kubernetes provide it.
     """
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # else memory that torch keeps for later tensors counts as used
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which means no limit

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -130,13 +130,28 @@ def sampling_copy(model: PreTrainedModel) -> PreTrainedModel:
 
     The copy is in bfloat16 on a GPU. `HFEngine.update_weights(policy_parameters(model))` brings it up to date.
     """
-    if not dist.is_initialized():
-        return model
-    clone = copy.deepcopy(model)
-    if model.device.type == "cuda":
-        for parameter in clone.parameters():  # clone.to() would round the rotary frequencies too
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return clone
+    return _copy(model, model.device) if dist.is_initialized() else model
+
+
+def reference_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` for the KL term, to be sharded like the policy.
+
+    On a GPU it is in bfloat16, in which a sharded model computes anyway (see `shard`), and its parameters stay in CPU
+    memory until `shard` moves them layer by layer: the GPU never holds all of them.
+    """
+    return _copy(model, torch.device("cpu"))
+
+
+def _copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A copy with parameters on `device`, in bfloat16 if `model` is on a GPU. Buffers, as rotary frequencies, stay.
+
+    Parameters are converted one by one, so that there is no second copy in float32.
+    """
+    copied = {}  # deepcopy takes from here what it finds by id
+    for p in model.parameters():
+        dtype = torch.bfloat16 if p.is_cuda else p.dtype
+        copied[id(p)] = torch.nn.Parameter(p.detach().to(device, dtype, copy=True), p.requires_grad)
+    return copy.deepcopy(model, copied)
 
 
 def shard(model: PreTrainedModel) -> None:
@@ -157,6 +172,12 @@ def shard(model: PreTrainedModel) -> None:
     fully_shard(model, **options)
     model.score_pairs = types.MethodType(score_pairs, model)
     register_fsdp_forward_method(model, "score_pairs")
+
+
+def reshard(model: PreTrainedModel) -> None:
+    """Free the parameters that a forward pass without a backward pass has left gathered, if `model` is sharded."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def policy_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

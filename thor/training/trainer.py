@@ -22,7 +22,7 @@ from thor.attention import distinct_tokens, micro_batches
 from thor.distributed import all_reduce_sum, barrier, gather, rank, world_size
 from thor.run_folder import LOGS, Run, to_line, write_atomic
 from thor.settings import UserError, setting
-from thor.training.model import FULL_STATE, checkpoint_gradients, shard
+from thor.training.model import FULL_STATE, checkpoint_gradients, reshard, shard
 from thor.training.scoring import Scores, score_tokens
 from thor.trajectory import Trajectory
 
@@ -288,10 +288,11 @@ class Trainer:
     @torch.no_grad()
     def score(self, samples: list[Sample], model: PreTrainedModel | None = None) -> list[tuple]:
         """(logp [N], value [N, 2] or None) of each sample under `model` (default: the policy), on the CPU."""
-        found = {}
-        for members, part, scores in self._micro_batches(model or self.model, samples):
+        found, model = {}, model or self.model
+        for members, part, scores in self._micro_batches(model, samples):
             values = [None] * len(part) if scores.value is None else _split(scores.value.cpu(), part)
             found.update(zip(members, zip(_split(scores.logp.cpu(), part), values, strict=True), strict=True))
+        reshard(model)
         found = {b: scores for part in gather(found) for b, scores in part.items()}
         return [found[b] for b in range(len(samples))]
 
