@@ -130,6 +130,14 @@ def test_greedy_matches_the_reference_over_rounds_and_backtracking(tokenizer, fa
             texts[i] = text + random_prompts(1, 200, seed=rng.randrange(10**6), longest=20)[0]
 
 
+def test_log_probs_are_those_of_the_model(tokenizer):
+    model, [ids] = tiny_llama(tokenizer), random_prompts(1, 200, longest=30)
+    with torch.no_grad():  # before the engine replaces the model's attention
+        logits = model(torch.tensor([ids])).logits[0, :-1].double()
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+    assert torch.allclose(torch.tensor(HFEngine(model, tokenizer).log_probs(ids)).double(), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logps_match_the_trainer(executor, temperature):
     tokenizer = byte_tokenizer(WORDS)

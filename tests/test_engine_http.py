@@ -500,6 +500,17 @@ def test_unsuitable_server_is_rejected_at_once(server, connect):
             HTTPEngine(url)
 
 
+def test_log_probs_of_a_prompt(server, connect):
+    entries = [None, {"7": {"logprob": -0.5, "rank": 1}}, {"9": {"logprob": -1.5}, "3": {"logprob": -0.1}}]
+    server.answer = lambda body, reply: reply.reply(200, {"choices": [{"prompt_logprobs": entries}]})
+    assert connect().log_probs([5, 7, 9]) == [-0.5, -1.5]
+    assert server.bodies[-1] == {"model": "tiny", "prompt": [5, 7, 9], "max_tokens": 1, "prompt_logprobs": 0}
+    for answer in (lambda body, reply: 500, lambda body, reply: reply.reply(200, {"choices": [{}]})):
+        server.answer = answer
+        with pytest.raises(ServerError, match=f"{server.url}: gave no log-probs of a prompt"):
+            connect().log_probs([5, 7, 9])
+
+
 def test_weights_of_a_server_cannot_be_updated(server, connect):
     engine = connect()
     with pytest.raises(RuntimeError, match="cannot update the weights of a server"):

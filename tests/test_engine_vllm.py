@@ -390,6 +390,11 @@ def test_engine_that_computes_something_else_is_refused(training, monkeypatch):
         engine.update_weights(model.named_parameters())
 
 
+def test_log_probs_match_the_trainer(engine):
+    ids = list(range(5, 25))
+    assert engine[0].log_probs(ids) == pytest.approx(score_text(engine[1], ids), abs=1e-3)
+
+
 def test_update_without_score_is_rejected(engine):
     engine, model = engine
     with pytest.raises(RuntimeError, match="has no `score`"):

@@ -152,6 +152,9 @@ class Engine(Protocol):
     def drop(self) -> None:
         """Abort all requests, and clear all caches, because an interrupted step may have left them incomplete."""
 
+    def log_probs(self, token_ids: list[int]) -> list[float]:
+        """Log-probs of all tokens but the first, at temperature 1, while no request is sampled."""
+
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load new weights, clear all caches, and wake the engine up. Raises RuntimeError while requests are sampled.
 

@@ -23,6 +23,7 @@ from thor.distributed import free_memory
 from thor.engines.base import Completion, PartialCompletion, Request
 from thor.engines.kv_cache import CacheLayout, Chunk, Prefix, Row, Store, bytes_per_token, cached_logits, round_up
 from thor.settings import UserError
+from thor.training import score_text
 
 # A prefix waits until another prefix has computed their common tokens, if that saves at least this many.
 MIN_TOKENS_TO_WAIT_FOR = 64
@@ -119,6 +120,9 @@ class HFEngine:
         self.queue.clear()
         self.sharing.clear()
         self._clear_cache()  # an interrupted step has counted tokens as cached that it did not compute
+
+    def log_probs(self, token_ids: list[int]) -> list[float]:
+        return score_text(self.model, token_ids)
 
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         if self.has_work():

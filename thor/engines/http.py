@@ -104,6 +104,18 @@ class HTTPEngine:
         for future in dropped:
             future.cancel()
 
+    def log_probs(self, token_ids: list[int]) -> list[float]:
+        body = {"model": self.model, "prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}
+        try:
+            response = httpx2.post(f"{self.url}/v1/completions", json=body, timeout=self.client.timeout)
+            response.raise_for_status()
+            [choice] = response.json()["choices"]
+            found = choice["prompt_logprobs"][1:]
+            return [entry[str(token)]["logprob"] for entry, token in zip(found, token_ids[1:], strict=True)]
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+            fault = f"{type(error).__name__} {error}".strip()
+            raise ServerError(f"{self.url}: gave no log-probs of a prompt ({' '.join(fault.split())})") from error
+
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         raise RuntimeError(f"{self.url}: cannot update the weights of a server; train with sampler 'hf' or 'vllm'")
 

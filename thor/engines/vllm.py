@@ -140,6 +140,11 @@ class VLLMEngine:
         self.partial.clear()
         self._reset_prefix_cache()  # an interrupted step has counted tokens as cached that it did not compute
 
+    def log_probs(self, token_ids: list[int]) -> list[float]:
+        params = self.vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        [output] = self.llm.generate([self.vllm.inputs.tokens_input(token_ids)], params, use_tqdm=False)
+        return [logps[i].logprob for logps, i in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)]
+
     def sleep(self) -> None:
         """On a GPU, free the weights and the KV cache. Only `update_weights` wakes the engine up."""
         assert not self.partial, "cannot sleep while requests are being sampled"
