@@ -22,7 +22,7 @@ import torch
 from thor.demo import DEMO_MODEL
 from thor.distributed import cpu_workers, start_ranks
 from thor.engines import HFEngine
-from thor.prompts import Prompt, load_prompt, opened_thought
+from thor.prompts import Prompt
 from thor.rollout import Sampling
 from thor.run_folder import Run
 from thor.sandbox import Executor
@@ -36,7 +36,7 @@ from thor.settings import (
     setting,
     user_errors,
 )
-from thor.text import encode
+from thor.tirgen.draft import to_ledger
 from thor.training.model import load_model, sampling_copy, save_model
 from thor.training.scoring import Scores
 from thor.training.trainer import Batch, Sample, Trainer, TrainSettings
@@ -84,27 +84,6 @@ def load_trajectories(path: str, tokenizer, prompt: Prompt) -> list[Trajectory]:
     if not trajectories:
         raise UserError(f"--data {path}: is empty; run_tirgen.py writes it")
     return trajectories
-
-
-def to_ledger(
-    problem: Problem, segments: list[tuple[str, bool]], tokenizer, prompt: Prompt | None = None
-) -> Trajectory:
-    """Encode each segment separately, as a rollout would. segments: (text, was it written by the policy?).
-
-    A row starts with the whole thought, from "<think>" on. A start that the prompt ends with is not repeated.
-    """
-    prompt_ids = (prompt or load_prompt("tool")).render(tokenizer, problem.question)
-    trajectory = Trajectory(problem, prompt_ids, finish="stop", reward=1.0)
-    opened = opened_thought(tokenizer, prompt_ids)
-    for i, (text, sampled) in enumerate(segments):
-        text = text.removeprefix(opened) if i == 0 else text
-        ids = encode(tokenizer, text, added_tokens=sampled)
-        if sampled:
-            trajectory.append_sampled(ids, [0.0] * len(ids))
-        else:
-            trajectory.append_observation(ids)
-    trajectory.append_sampled([tokenizer.eos_token_id], [0.0])
-    return trajectory
 
 
 def sft_loss(batch: Batch, scores: Scores) -> tuple[torch.Tensor, dict[str, float]]:

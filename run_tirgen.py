@@ -12,6 +12,7 @@ Writes <out>/tir.jsonl (one trajectory per line), drafts.jsonl (all tries, befor
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from thor.data import load_problems
 from thor.demo import DEMO_MODEL, nearest_demonstrations
 from thor.engines import Engine, Request, ServerError, is_reproducible, load_engine
 from thor.prompts import tir_step
-from thor.rollout import Ask, Task, drive
+from thor.rollout import Ask, Sampling, Task, drive
 from thor.run_folder import Run
 from thor.sandbox import Executor
 from thor.settings import (
@@ -40,19 +41,21 @@ from thor.settings import (
 from thor.text import decode
 from thor.tirgen import critic as contract
 from thor.tirgen import report
-from thor.tirgen.critic import FAULTS, CriticStop, Rewrite, first_block
-from thor.tirgen.draft import THINK, Draft, thought_span
-from thor.tirgen.filters import FilterSettings, first_fault, select
+from thor.tirgen.alignment import policy_alignment
+from thor.tirgen.critic import FAULTS, CriticStop, Rewrite
+from thor.tirgen.draft import Draft, thought_span
+from thor.tirgen.filters import FilterSettings, Selection, first_fault, select
 from thor.tirgen.problems import exclude, take_shard
 from thor.tirgen.roles import (
-    CLAIMED_OUTPUT,
     FEW_SHOT,
     Prompts,
+    Step,
     encode_segments,
     feedback,
     load_prompts,
     make_actor,
     make_critic,
+    read_step,
 )
 from thor.tirgen.store import read_draft, read_drafts, read_names, write_rows
 from thor.trajectory import Problem
@@ -101,6 +104,7 @@ class Settings(FilterSettings):
     memory_mb: int = setting(1024, "memory limit of a code block in MiB", "run", min=1)
     patience: float = setting(60.0, "minutes to wait for a model server that does not answer", "run", min=0)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
+    alignment: int | None = by_model(8, 64, "number of trajectories to score under the actor", "run", min=0)
     preview: int = setting(0, "number of kept trajectories to print, in colour", "run", min=0)
     dry_run: bool = setting(False, "only print the prompts and the number of tries, without a model", "run")
     out: str = setting("runs/tirgen", "run folder to write", "run")
@@ -108,15 +112,6 @@ class Settings(FilterSettings):
 
 
 # ---- actor and critic -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Step:
-    """What the actor wrote in one turn. code: the block that it wrote by itself after `prose`."""
-
-    prose: str
-    code: str | None
-    ended: bool  # this is the end of its solution
 
 
 class ActorCritic:
@@ -286,29 +281,6 @@ def critic_sampling(settings: Settings) -> Settings:
     return replace(settings, **{name: value for name, value in own.items() if value is not None})
 
 
-def read_step(draft: Draft, text: str, ended: bool) -> Step:
-    """Split what the actor wrote into prose and its own block. Drops the draft if nothing is left.
-
-    Text that the length limit cut off ends at its last newline. An output that the actor claims is cut off.
-    """
-    block = first_block(text)
-    prose, code = (text[: block.open_at], block.code) if block.open_at >= 0 else (text, None)
-    claimed = CLAIMED_OUTPUT.search(prose)
-    if claimed:
-        prose, code, fault = prose[: claimed.start()], None, "claimed_output"
-    elif block.open_at >= 0:
-        fault = "block_too_long"
-    else:
-        fault = "empty_step"
-        whole_lines = prose[: prose.rfind("\n") + 1]
-        if not ended and whole_lines.replace(THINK, "").strip():
-            prose = whole_lines
-    ended = ended and not claimed and block.open_at < 0
-    if not (prose.strip() or code is not None or ended or draft.dropped):
-        draft.dropped = fault
-    return Step(prose.rstrip() if ended else prose, code, ended)
-
-
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
@@ -410,6 +382,22 @@ def prepare_problems(settings: Settings) -> tuple[list[Problem], dict[str, int]]
         return take_shard(problems, settings.shard), excluded
 
 
+def select_drafts(folders: list[Path], settings: Settings) -> Selection:
+    """Filter the drafts of some runs."""
+    with user_errors("--merge" if settings.merge else ""):
+        return select(read_drafts(folder / "drafts.jsonl" for folder in folders), settings)
+
+
+def measure_alignment(loop: ActorCritic, executor: Executor, selection: Selection) -> dict | None:
+    """Policy alignment of the first trajectories that were kept."""
+    settings = critic_sampling(loop.settings)
+    drafts = [read_draft(candidate.where) for candidate in selection.kept[: settings.alignment]]
+    if not drafts:
+        return None
+    sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, settings.top_k, settings.seed)
+    return policy_alignment(loop.actor, loop.critic, executor, drafts, sampling)
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = resolve(parse_settings(Settings, __doc__, argv))
     with user_errors():
@@ -419,19 +407,23 @@ def main(argv: list[str] | None = None) -> None:
     if settings.dry_run:
         print(report.dry_run(problems, excluded, prompts, settings))
         return
-    folders = [Path(name.strip()) for name in settings.merge.split(",") if name.strip()]
-    total = len(problems) * (settings.tries + settings.plain_tries)
-    if not folders and len(read_names(run / "drafts.jsonl")) < total:
+    alignment, total = None, len(problems) * (settings.tries + settings.plain_tries)
+    if settings.merge:
+        run.start()
+        selection = select_drafts([Path(name.strip()) for name in settings.merge.split(",")], settings)
+    elif len(read_names(run / "drafts.jsonl")) == total and (run / "summary.json").exists():
+        selection = select_drafts([run.folder], settings)
+        alignment = json.loads((run / "summary.json").read_text())["alignment"]
+    else:
         with Executor(timeout=settings.timeout, memory_mb=settings.memory_mb) as executor:
             with user_errors():
                 loop = ActorCritic(*load_engines(settings), prompts, settings)
                 run.start()
             sample_drafts(loop, problems, executor, run)
-    run.start()
-    with user_errors("--merge" if folders else ""):
-        selection = select(read_drafts(folder / "drafts.jsonl" for folder in folders or [run.folder]), settings)
+            selection = select_drafts([run.folder], settings)
+            alignment = measure_alignment(loop, executor, selection)
     statistics = write_rows(run / "tir.jsonl", selection)
-    summary = report.summary(selection, statistics, excluded)
+    summary = report.summary(selection, statistics, excluded) | {"alignment": alignment}
     run.write_json("summary.json", summary)
     print(report.table(summary))
     report.preview(read_draft(candidate.where) for candidate in selection.kept[: settings.preview])

@@ -6,14 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer
 
-from run_sft import to_ledger
 from run_tirgen import ActorCritic, Settings, critic_sampling, grade, resolve, sample_drafts
 from thor.demo.few_shot import DEMONSTRATIONS, nearest_demonstrations
 from thor.prompts import TIRGEN_PROMPTS
 from thor.rollout import drive
 from thor.run_folder import Run
 from thor.text import decode
-from thor.tirgen.draft import Draft
+from thor.tirgen.draft import Draft, to_ledger
 from thor.tirgen.filters import FilterSettings, Rates, first_fault
 from thor.tirgen.roles import Prompts
 from thor.tirgen.store import read_drafts, to_row

@@ -16,8 +16,10 @@ import run_tirgen
 from run_tirgen import Settings, main, resolve
 from thor.demo import DEMO_MODEL
 from thor.engines import ServerError
+from thor.rollout import Sampling
 from thor.settings import UserError
 from thor.tirgen import report
+from thor.tirgen.alignment import policy_alignment
 from thor.tirgen.draft import Draft
 from thor.tirgen.problems import Overlap, exclude, take_shard
 from thor.tirgen.store import read_drafts, read_names
@@ -78,7 +80,7 @@ def scripted(monkeypatch, tmp_path):
 
 
 FLAGS = ["--data", "problems.jsonl", "--tries", "3", "--plain_tries", "1", "--step_tokens", "400"]
-FLAGS += ["--code_tokens", "400", "--max_tokens", "4000"]
+FLAGS += ["--code_tokens", "400", "--max_tokens", "4000", "--alignment", "0"]
 
 
 def summary_of(run: str) -> dict:
@@ -197,6 +199,42 @@ def test_a_lost_server_is_tried_again(monkeypatch, scripted):
     assert lines("lost/tir.jsonl") == lines("whole/tir.jsonl")
     with pytest.raises(ServerError):
         main([*FLAGS, "--out", "impatient", "--patience", "0"])
+
+
+# ---- policy alignment -----------------------------------------------------------------------------------------------
+
+
+def test_alignment_is_the_mean_log_prob_of_the_tokens_that_are_learned(tokenizer):
+    drafts = []
+    for i, text in enumerate(("So 4.", "So it is surely 4.")):
+        draft = Draft(Problem(str(i), f"What is 1 + {i}?", "4"), f"{i}#0")
+        draft.append_block("Add.\n```python\nprint(4)\n```\n", "print(4)\n", ExecResult("ok", "4"))
+        draft.append(text)
+        drafts.append(draft)
+    engine = ScriptedEngine(tokenizer, lambda request, turn: "So 4." if turn else "A.\n```python\nprint(2 + 2)\n```")
+    engine.log_probs = lambda ids: [-float(token) for token in ids[1:]]
+    result = policy_alignment(engine, engine, Tools(), drafts, Sampling(4000))
+    learned = [tokenizer.encode(d.policy_text) + [tokenizer.eos_token_id] for d in drafts]
+    assert result["trajectories"] == pytest.approx(-sum(map(sum, learned)) / sum(map(len, learned)))
+    own = tokenizer.encode("A.\n```python\nprint(2 + 2)\n```" + "So 4.") + [tokenizer.eos_token_id]
+    assert result["critic_solutions"] == pytest.approx(-sum(own) / len(own))
+    assert (result["trajectories_scored"], result["critic_solutions_scored"]) == (2, 2)
+    engine.reply = lambda request, turn: "x" * 5000  # no solution ends
+    assert policy_alignment(engine, engine, Tools(), drafts, Sampling(40))["critic_solutions"] is None
+
+
+def test_alignment_is_in_the_summary_of_a_run_that_sampled(monkeypatch, capsys):
+    def measure(actor, critic, executor, drafts, sampling):
+        means = {"trajectories": -0.5, "critic_solutions": None}
+        return means | {"n": len(drafts), "limit": sampling.max_tokens}
+
+    monkeypatch.setattr(run_tirgen, "policy_alignment", measure)
+    main([*FLAGS[:-1], "2", "--out", "run"])
+    alignment = summary_of("run")["alignment"]
+    assert (alignment["n"], alignment["limit"]) == (2, 4000)
+    assert "under the actor: trajectories -0.50, critic solutions none" in capsys.readouterr().out
+    main([*FLAGS[:-1], "2", "--out", "run", "--resume"])
+    assert summary_of("run")["alignment"] == alignment, "a finished run is not measured again"
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------

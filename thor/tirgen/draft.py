@@ -9,9 +9,9 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
 
-from thor.prompts import observation_text
-from thor.text import extract_answer
-from thor.trajectory import ExecResult, Problem
+from thor.prompts import Prompt, load_prompt, observation_text, opened_thought
+from thor.text import encode, extract_answer
+from thor.trajectory import ExecResult, Problem, Trajectory
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -88,3 +88,24 @@ def thought_span(before: str, text: str) -> tuple[int, int]:
     start = start + len(THINK) if start >= 0 else 0
     end = text.find(END_THINK, start)
     return start, end if end >= 0 else len(text)
+
+
+def to_ledger(
+    problem: Problem, segments: list[tuple[str, bool]], tokenizer, prompt: Prompt | None = None
+) -> Trajectory:
+    """Encode each segment separately, as a rollout would. segments: (text, was it written by the policy?).
+
+    A row starts with the whole thought, from "<think>" on. A start that the prompt ends with is not repeated.
+    """
+    prompt_ids = (prompt or load_prompt("tool")).render(tokenizer, problem.question)
+    trajectory = Trajectory(problem, prompt_ids, finish="stop", reward=1.0)
+    opened = opened_thought(tokenizer, prompt_ids)
+    for i, (text, sampled) in enumerate(segments):
+        text = text.removeprefix(opened) if i == 0 else text
+        ids = encode(tokenizer, text, added_tokens=sampled)
+        if sampled:
+            trajectory.append_sampled(ids, [0.0] * len(ids))
+        else:
+            trajectory.append_observation(ids)
+    trajectory.append_sampled([tokenizer.eos_token_id], [0.0])
+    return trajectory

@@ -79,6 +79,12 @@ def table(report: dict) -> str:
     lines.append(f"code ratio {kept['code_ratio']:.2f}, libraries: {_counts(kept['libraries']) or 'none'}")
     for name in ("calls", "characters", "pass_rate", "plain_pass_rate"):
         lines.append(f"{name.replace('_', ' ')}: {_counts(kept[name]) or 'none'}")
+    if alignment := report["alignment"]:
+        means = {name: alignment[name] for name in ("trajectories", "critic_solutions")}
+        shown = ", ".join(
+            f"{name.replace('_', ' ')} {'none' if m is None else f'{m:.2f}'}" for name, m in means.items()
+        )
+        lines.append(f"mean log-prob of a token under the actor: {shown}")
     lines.append(f"tokens: {_counts({name: round(count) for name, count in tokens.items()})}")
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ Methods that return a prompt return (token ids, number of leading ids that other
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ from thor.engines import StopRule
 from thor.prompts import QUESTION, TIRGEN_PROMPTS, Prompt, load_prompt, opened_thought
 from thor.settings import UserError
 from thor.text import FenceParser, encode, start_ids
-from thor.tirgen.critic import numbers, show_parts, split_parts
+from thor.tirgen.critic import first_block, numbers, show_parts, split_parts
+from thor.tirgen.draft import THINK, Draft
 
 FEW_SHOT = "few-shot"  # name of the prompts for small base models
 FIELDS = (QUESTION, "{solution}", "{step}")  # what a prompt of the critic must contain
@@ -68,6 +69,41 @@ def load_prompts(actor_prompt: str, critic_prompt: str, judge_prompt: str) -> Pr
             raise UserError(f"--{flag} {name}: user: must contain {', '.join(missing)}")
         prompts.append(prompt)
     return Prompts(*prompts)
+
+
+# ---- what the actor wrote -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """What the actor wrote in one turn. code: the block that it wrote by itself after `prose`."""
+
+    prose: str
+    code: str | None
+    ended: bool  # this is the end of its solution
+
+
+def read_step(draft: Draft, text: str, ended: bool) -> Step:
+    """Split what the actor wrote into prose and its own block. Drops the draft if nothing is left.
+
+    Text that the length limit cut off ends at its last newline. An output that the actor claims is cut off.
+    """
+    block = first_block(text)
+    prose, code = (text[: block.open_at], block.code) if block.open_at >= 0 else (text, None)
+    claimed = CLAIMED_OUTPUT.search(prose)
+    if claimed:
+        prose, code, fault = prose[: claimed.start()], None, "claimed_output"
+    elif block.open_at >= 0:
+        fault = "block_too_long"
+    else:
+        fault = "empty_step"
+        whole_lines = prose[: prose.rfind("\n") + 1]
+        if not ended and whole_lines.replace(THINK, "").strip():
+            prose = whole_lines
+    ended = ended and not claimed and block.open_at < 0
+    if not (prose.strip() or code is not None or ended or draft.dropped):
+        draft.dropped = fault
+    return Step(prose.rstrip() if ended else prose, code, ended)
 
 
 # ---- actor ----------------------------------------------------------------------------------------------------------
