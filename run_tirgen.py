@@ -138,11 +138,11 @@ class ActorCritic:
     def plain(self, problem: Problem, name: str) -> Task:
         """Solve a problem by plain reasoning, without critic and code, and return the Draft."""
         draft, role = Draft(problem, name, plain=True), self.actor_role
-        prompt = role.plain_prompt(problem.question)
+        prompt, shared = role.plain_prompt(problem.question)
         for _ in range(self.settings.max_steps if role.one_line else 1):
-            ids = prompt[0] + encode_segments(self.actor.tokenizer, draft.segments)
-            stop = role.stop(self.settings.max_tokens)
-            text, finish = yield from self.ask(draft, "actor", (ids, prompt[1]), self.settings.max_tokens, stop)
+            said = encode_segments(self.actor.tokenizer, draft.segments)
+            room = self.settings.max_tokens - len(said)
+            text, finish = yield from self.ask(draft, "actor", (prompt + said, shared), room, role.stop(room))
             draft.append(text)
             draft.finished = role.is_last(text, finish)
             if draft.finished or draft.dropped:
@@ -240,7 +240,7 @@ class ActorCritic:
                 told = feedback(text, f"its code failed with {result.observation()}")
             else:
                 draft.rejected[fault] += 1
-                told = feedback(reply, FAULTS[fault])
+                told = feedback(reply or text, FAULTS[fault])
         if fault == "code_failed":
             draft.dropped = fault
         return None
@@ -294,16 +294,17 @@ def load_engines(settings: Settings) -> tuple[Engine, Engine]:
     return actor, critic
 
 
-def list_tries(problems: list[Problem], settings: Settings) -> Iterator[tuple[str, Problem]]:
-    """(name, problem) of all tries. Those of a problem, and of problems with the same demonstrations, are neighbours.
+def list_tries(problems: list[Problem], settings: Settings) -> Iterator[tuple[str, Problem, bool]]:
+    """(name, problem, whether it is plain reasoning) of all tries.
 
-    So their common prefix stays in the engine's cache.
+    Those of a problem, and of problems with the same demonstrations, are neighbours, so that their common prefix stays in
+    the engine's cache.
     """
     if settings.actor_prompt == FEW_SHOT:
         problems = sorted(problems, key=lambda p: [d.question for d in nearest_demonstrations(p.question)])
     for problem in problems:
-        yield from ((f"{problem.id}#{k}", problem) for k in range(settings.tries))
-        yield from ((f"{problem.id}#plain{k}", problem) for k in range(settings.plain_tries))
+        yield from ((f"{problem.id}#{k}", problem, False) for k in range(settings.tries))
+        yield from ((f"{problem.id}#plain{k}", problem, True) for k in range(settings.plain_tries))
 
 
 def grade(draft: Draft) -> None:
@@ -342,8 +343,8 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
     with tqdm(total=total, initial=len(done), desc="tirgen", unit="try") as bar:
         while len(done) < total:
             tasks = (
-                loop.plain(problem, name) if "#plain" in name else loop.generate(problem, name)
-                for name, problem in list_tries(problems, settings)
+                loop.plain(problem, name) if plain else loop.generate(problem, name)
+                for name, problem, plain in list_tries(problems, settings)
                 if name not in done
             )
             try:
@@ -388,6 +389,14 @@ def select_drafts(folders: list[Path], settings: Settings) -> Selection:
         return select(read_drafts(folder / "drafts.jsonl" for folder in folders), settings)
 
 
+def read_summary(folder: Path) -> dict:
+    """summary.json of a run that has ended."""
+    try:
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{folder}: has no summary.json; let its run end first") from error
+
+
 def measure_alignment(loop: ActorCritic, executor: Executor, selection: Selection) -> dict | None:
     """Policy alignment of the first trajectories that were kept."""
     settings = critic_sampling(loop.settings)
@@ -403,17 +412,17 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         run = Run(settings.out, settings, settings.resume)
         prompts = load_prompts(settings.actor_prompt, settings.critic_prompt, settings.judge_prompt)
-    problems, excluded = prepare_problems(settings)
+    problems, excluded = ([], {}) if settings.merge else prepare_problems(settings)
     if settings.dry_run:
         print(report.dry_run(problems, excluded, prompts, settings))
         return
     alignment, total = None, len(problems) * (settings.tries + settings.plain_tries)
     if settings.merge:
+        folders = [Path(name.strip()) for name in settings.merge.split(",")]
+        selection, excluded = select_drafts(folders, settings), read_summary(folders[0])["excluded_problems"]
         run.start()
-        selection = select_drafts([Path(name.strip()) for name in settings.merge.split(",")], settings)
-    elif len(read_names(run / "drafts.jsonl")) == total and (run / "summary.json").exists():
-        selection = select_drafts([run.folder], settings)
-        alignment = json.loads((run / "summary.json").read_text())["alignment"]
+    elif (run / "summary.json").exists() and len(read_names(run / "drafts.jsonl")) == total:
+        selection, alignment = select_drafts([run.folder], settings), read_summary(run.folder)["alignment"]
     else:
         with Executor(timeout=settings.timeout, memory_mb=settings.memory_mb) as executor:
             with user_errors():
