@@ -297,8 +297,8 @@ def load_engines(settings: Settings) -> tuple[Engine, Engine]:
 def list_tries(problems: list[Problem], settings: Settings) -> Iterator[tuple[str, Problem, bool]]:
     """(name, problem, whether it is plain reasoning) of all tries.
 
-    Those of a problem, and of problems with the same demonstrations, are neighbours, so that their common prefix stays in
-    the engine's cache.
+    Those of a problem, and of problems with the same demonstrations, are neighbours, so that their common prefix stays
+    in the engine's cache.
     """
     if settings.actor_prompt == FEW_SHOT:
         problems = sorted(problems, key=lambda p: [d.question for d in nearest_demonstrations(p.question)])
