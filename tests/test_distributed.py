@@ -19,7 +19,7 @@ from thor.training.model import save_model
 ROOT = Path(__file__).parent.parent
 
 
-RUN_RL, RUN_SFT, RUN_INFER = (str(ROOT / f"run_{name}.py") for name in ("rl", "sft", "infer"))
+RUN_RL, RUN_SFT, RUN_TIRGEN = (str(ROOT / f"run_{name}.py") for name in ("rl", "sft", "tirgen"))
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -385,6 +385,6 @@ def test_bad_input_of_any_rank_is_a_one_line_error(work, script, faulty_ranks, l
     assert not (work / "bad").exists()
 
 
-def test_other_scripts_reject_several_ranks(work):
-    done = torchrun(2, RUN_INFER, "question?", "--model", "model", cwd=work)
+def test_tirgen_rejects_several_ranks(work):
+    done = torchrun(2, RUN_TIRGEN, "--actor", "model", cwd=work)
     assert done.returncode != 0 and "started as 2 processes, but supports one only" in done.stderr
