@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +45,7 @@ from thor.settings import (
     setting,
     user_errors,
 )
+from thor.terminal import Terminal, printable
 from thor.text import FenceParser, extract_answer
 from thor.trajectory import Problem
 
@@ -97,15 +97,12 @@ def check(settings: Settings) -> None:
 
 # ---- a single question ----------------------------------------------------------------------------------------------
 
-COLOURS = {"thought": "", "code": "\033[36m", "output": "\033[32m", "correction": "\033[33m"}
-
 
 class Printer:
     """Listener that prints a trajectory while it is sampled. Thought, code, output and correction differ in colour."""
 
-    def __init__(self, stream=sys.stdout) -> None:
-        self.stream = stream
-        self.colour = stream.isatty() and "NO_COLOR" not in os.environ
+    def __init__(self, stream=None) -> None:
+        self.terminal = Terminal(stream)
         self.parser = FenceParser()
 
     def __call__(self, kind: str, text: str) -> None:
@@ -113,19 +110,13 @@ class Printer:
             before = len(self.parser.text)
             self.parser.feed(text)
             cut = max(0, self.parser.code_at - before) if self.parser.code_at >= 0 else len(text)
-            self.show("thought", text[:cut])  # one piece can end a thought and start its code
-            self.show("code", text[cut:])
+            self.terminal.write("thought", text[:cut])  # one piece can end a thought and start its code
+            self.terminal.write("code", text[cut:])
             return
         self.parser = FenceParser()
         if kind == "correction":
-            self.show(kind, f"\n[failed: {text.strip().splitlines()[1]}; trying again]\n")
-        else:
-            self.show(kind, text)
-
-    def show(self, style: str, text: str) -> None:
-        colour = COLOURS[style] if self.colour and text else ""
-        self.stream.write(f"{colour}{text}\033[0m" if colour else text)
-        self.stream.flush()
+            text = f"\n[failed: {text.strip().splitlines()[1]}; trying again]\n"
+        self.terminal.write(kind, text)
 
 
 def answer_question(
@@ -135,7 +126,7 @@ def answer_question(
     problem = Problem("question", settings.question)
     [trajectory] = solve(engine, executor, [problem], sampling, listener=Printer(), **options)
     answer = extract_answer(trajectory.text(engine.tokenizer, policy_only=True))
-    print(f"\n\nanswer: {answer if answer is not None else '(none)'}", end="")
+    print(f"\n\nanswer: {printable(answer) if answer is not None else '(none)'}", end="")
     print(f"   [{trajectory.num_sampled} tokens, {len(trajectory.results)} calls", end="")
     print(f", {trajectory.corrections} corrections, {trajectory.discarded} tokens discarded, {trajectory.finish}]")
 

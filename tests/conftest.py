@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import Future
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -121,6 +122,16 @@ def tokenizer():
 def executor():
     with Executor(workers=2, timeout=5) as ex:
         yield ex
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A saved tiny model with a byte-level tokenizer. A block and two answers are single tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = byte_tokenizer(("\n```python\nprint(4)\n```\n", "\\boxed{4}", "\\boxed{5}"))
+    tiny_llama(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def complete(engine, requests: list[Request]) -> dict[str, Completion]:

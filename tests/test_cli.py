@@ -1,5 +1,6 @@
 """Tests of the command line: one-line errors, --help, settings, and printed results."""
 
+import io
 import json
 import os
 import signal
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from conftest import byte_tokenizer, tiny_llama
 
 import run_rl
 from run_infer import Printer
@@ -19,17 +19,6 @@ from thor.prompts import PROMPT_FILE, load_prompt
 from thor.settings import parse_settings, setting
 
 ROOT = Path(__file__).parent.parent
-WORDS = ("\n```python\nprint(4)\n```\n", "\\boxed{4}", "\\boxed{5}")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A saved tiny model with a byte-level tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = byte_tokenizer(WORDS)
-    tiny_llama(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def run_script(script: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -267,3 +256,11 @@ def test_printer_colors_text_output_and_corrections():
     printer("correction", "\n```output\nNameError: x\n```\n")
     assert "\033[36mprint(1)" in terminal.text and "\033[32m\n```output" in terminal.text
     assert "\033[33m\n[failed: NameError: x;" in terminal.text and terminal.text.startswith("Think.")
+
+
+def test_control_characters_of_a_model_or_tool_are_printed_visibly():
+    stream = io.StringIO()
+    printer = Printer(stream)
+    printer("text", "a\tb\n\x1b[31mred\r\x07 é")
+    printer("output", "\n```output\n\x1b]0;title\x07\x9b2J\n```\n")
+    assert stream.getvalue() == "a\tb\n\\x1b[31mred\\x0d\\x07 é\n```output\n\\x1b]0;title\\x07\\x9b2J\n```\n"

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import byte_tokenizer, tiny_llama
 
 from run_infer import Settings, check, lineage, run_name, stages
 from thor.data import BENCHMARKS
@@ -17,17 +16,6 @@ from thor.metrics import table
 from thor.settings import UserError, parse_settings
 
 ROOT = Path(__file__).parent.parent
-WORDS = ("\n```python\nprint(4)\n```\n", "\\boxed{4}", "\\boxed{5}")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A saved tiny model with a byte-level tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = byte_tokenizer(WORDS)
-    tiny_llama(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

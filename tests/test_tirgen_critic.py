@@ -31,6 +31,14 @@ from thor.trajectory import ExecResult
 BLOCK = "Add.\n```python\nprint(2 + 2)\n```"
 
 
+def read_until(stop, text: str) -> str:
+    """What a stop rule has read of a text, one character at a time, when it stops."""
+    for end in range(1, len(text) + 1):
+        if stop.feed(text[end - 1]):
+            return text[:end]
+    return text
+
+
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,12 +130,7 @@ def test_the_thought_of_the_critic_is_skipped(reply, opened, rest):
     ],
 )
 def test_where_a_reply_stops(reply, opened, one_block, read):
-    stop, fed = CriticStop(opened, one_block), ""
-    for character in reply:
-        fed += character
-        if stop.feed(character):
-            break
-    assert fed == read
+    assert read_until(CriticStop(opened, one_block), reply) == read
 
 
 @pytest.mark.parametrize(
@@ -286,9 +289,4 @@ def test_the_opened_thought_is_not_encoded_twice():
     ],
 )
 def test_where_a_step_stops(text, one_line, max_tokens, read):
-    stop, fed = StepStop(max_tokens, one_line), ""
-    for character in text:
-        fed += character
-        if stop.feed(character):
-            break
-    assert fed == read
+    assert read_until(StepStop(max_tokens, one_line), text) == read

@@ -49,11 +49,8 @@ class FenceParser:
 
     def feed(self, piece: str) -> bool:
         """Parse the next piece of text. Return True once the block is closed, where the policy's turn ends."""
-        text, self.text = (
-            self.text,
-            "",
-        )  # with a single reference, CPython appends in place: a piece costs O(its length)
-        at = len(text)
+        text = self.text
+        at, self.text = len(text), ""  # with a single reference, CPython appends in place: a piece costs O(its length)
         text += piece
         self.text = text
         while not self.closed:

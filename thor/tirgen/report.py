@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import ast
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from thor.demo import few_shot_actor, few_shot_critic
 from thor.prompts import QUESTION, Prompt
+from thor.terminal import Terminal
 from thor.tirgen.critic import first_block
 from thor.tirgen.draft import Draft
 from thor.tirgen.filters import Rates, Selection
 from thor.tirgen.roles import FEW_SHOT, Prompts
 from thor.trajectory import Problem
-
-COLOURS = {"question": "\033[1m", "thought": "", "code": "\033[36m", "output": "\033[33m", "answer": "\033[32m"}
 
 
 class KeptStatistics:
@@ -117,21 +114,15 @@ def imported(code: str) -> set[str]:
 
 def preview(drafts: Iterable[Draft], stream=None) -> None:
     """Print trajectories. In a terminal, thought, code and output have different colours."""
-    stream = stream or sys.stdout
-    colour = stream.isatty() and "NO_COLOR" not in os.environ
-
-    def show(style: str, text: str) -> None:
-        code = COLOURS[style] if colour else ""
-        stream.write(f"{code}{text}\033[0m" if code else text)
-
+    terminal = Terminal(stream)
     for draft in drafts:
-        show("question", f"\n--- {draft.name}: {draft.problem.question}\n")
+        terminal.write("question", f"\n--- {draft.name}: {draft.problem.question}\n")
         for text, own in draft.segments:
             block = first_block(text if own else "")
             cut = block.open_at if block.closed else len(text) if own else 0
-            show("thought", text[:cut])
-            show("code" if own else "output", text[cut:])
-        show("answer", f"\n({draft.problem.answer})\n")
+            terminal.write("thought", text[:cut])
+            terminal.write("code" if own else "output", text[cut:])
+        terminal.write("answer", f"\n({draft.problem.answer})\n")
 
 
 def dry_run(problems: list[Problem], excluded: dict[str, int], prompts: Prompts, settings: Any) -> str:

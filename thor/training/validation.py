@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 
 from transformers import PreTrainedModel
 
@@ -50,7 +51,8 @@ class Validation:
     ) -> None:
         self.run, self.settings, self.sources, self.prompt = run, settings, sources, prompt
         self.engine, self.executor = engine, executor
-        self.sampling = replace(sampling, temperature=settings.eval_temperature)
+        seed = derive_seed(settings.seed, "validation")  # the same each time: less noise between validations
+        self.sampling = replace(sampling, temperature=settings.eval_temperature, seed=seed)
 
     def __call__(self, model: PreTrainedModel, step: int, state: dict) -> None:
         """Evaluate `model` after `step` iterations. Ranks share the problems. Updates state['best'] = [accuracy, step].
@@ -63,9 +65,8 @@ class Validation:
         means = []
         for name, problems in self.sources.items():
             mine = [p for p in problems[rank() :: world_size()] for _ in range(self.settings.eval_samples)]
-            sampling = replace(self.sampling, seed=derive_seed(self.settings.seed, "validation"))
             label = f"{name}, step {step}"
-            part = evaluate(self.engine, self.executor, mine, sampling, label, prompt=self.prompt)
+            part = evaluate(self.engine, self.executor, mine, self.sampling, label, prompt=self.prompt)
             scores = [score for part in gather(part) for score in part]
             rewards: dict[str, list[float]] = {problem.id: [] for problem in problems}
             for score in scores:
@@ -92,9 +93,10 @@ class Validation:
             first, *_, last = (record for record in records if record["data"] == name)
             rows = [(f"{name}, step {record['step']}", record) for record in (first, last)]
             # the same problems in the same order: differences within problems have far less noise than two means
-            pairs = zip(first["rewards"], last["rewards"], strict=True)
-            change = [sum(after) / len(after) - sum(before) / len(before) if before and after else None
-                      for before, after in pairs]  # fmt: skip
+            change = [
+                fmean(after) - fmean(before) if before and after else None
+                for before, after in zip(first["rewards"], last["rewards"], strict=True)
+            ]
             mean, low, high = mean_interval(change)
             lines += [table(rows), f"change {mean:+.1%} [{low:+.1%}, {high:+.1%}]"]
         return "\n".join(lines)
