@@ -32,7 +32,7 @@ from thor.engines import Engine, load_engine
 from thor.evaluation import TEST_TIMEOUT, ScoreLog, evaluate, held_out
 from thor.metrics import Score, Summary, compare, comparison_table, results_tables, summarize, table
 from thor.rollout import Sampling, solve
-from thor.run_folder import Run, write_atomic
+from thor.run_folder import Run, base_model, lineage, write_atomic
 from thor.sandbox import Executor
 from thor.settings import (
     PROMPT_HELP,
@@ -69,9 +69,9 @@ class Settings:
         4, "maximum attempts per step to correct failed code (paper: 4); 0: off", "sampling", min=0
     )
     suffix_tokens: int = setting(100, "L_suffix: thought tokens to resample (paper: 100)", "sampling", min=0)
-    max_tokens: int | None = by_model(144, 4096, "maximum tokens per response, with tool output", "sampling", min=1)
-    max_rounds: int | None = by_model(2, 5, "maximum tool calls per response (paper: 5)", "sampling", min=0)
-    temperature: float | None = by_model(0.4, 0.6, "0: greedy, without self-correction", "sampling", min=0)
+    max_tokens: int = by_model(144, 4096, "maximum tokens per response, with tool output", "sampling", min=1)
+    max_rounds: int = by_model(2, 5, "maximum tool calls per response (paper: 5)", "sampling", min=0)
+    temperature: float = by_model(0.4, 0.6, "0: greedy, without self-correction", "sampling", min=0)
     top_p: float = setting(1.0, "nucleus sampling probability", "sampling")
     top_k: int = setting(0, "sample from the k most likely tokens; 0: off", "sampling", min=0)
     observation_limit: int = setting(256, "characters of tool output that the model sees", "sampling")
@@ -193,16 +193,6 @@ def run_name(settings: Settings, tools: bool) -> str:
     return name + (" + self-correction" if settings.self_correct else "")
 
 
-def lineage(model: str) -> list[tuple[Path, dict]]:
-    """(folder, settings) of each run that led to the model <run>/final, the latest first."""
-    runs: list[tuple[Path, dict]] = []
-    folder = Path(model.removeprefix("vllm:")).parent
-    while (folder / "config.json").is_file() and folder not in dict(runs):
-        runs.append((folder, json.loads((folder / "config.json").read_text())))
-        folder = Path(runs[-1][1].get("model", "")).parent
-    return runs
-
-
 def stages(model: str) -> list[tuple[str, Summary]]:
     """(name, summary) of the stages that led to a model, the first one first, on the synthetic problems."""
     rows: list[tuple[str, Summary]] = []
@@ -242,8 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         if settings.compare:
             compare_runs(settings.compare)
             return
-        first_model = [settings.model, *(config.get("model", "") for _, config in lineage(settings.model))][-1]
-        settings = fill_defaults(settings, first_model, DEMO_MODEL)
+        settings = fill_defaults(settings, base_model(settings.model), DEMO_MODEL)
         remote = settings.model.startswith(("http://", "https://", "vllm:"))
         device = settings.device
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

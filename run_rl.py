@@ -39,16 +39,19 @@ import torch
 from tqdm import tqdm
 
 from thor.data import load_problems
+from thor.demo import DEMO_MODEL
 from thor.distributed import cpu_workers, gather, rank, start_ranks, world_size
 from thor.engines import HFEngine, VLLMEngine, is_reproducible
 from thor.prompts import PROMPTS, Prompt
 from thor.rollout import Sampling, drive, regenerate_step, solve
-from thor.run_folder import Run, spread
+from thor.run_folder import Run, base_model, spread
 from thor.sandbox import Executor
 from thor.settings import (
     PROMPT_HELP,
     UserError,
+    by_model,
     derive_seed,
+    fill_defaults,
     parse_settings,
     prompt_for,
     run_main,
@@ -71,20 +74,18 @@ class Settings(TrainSettings):
 
     data: str = setting("synthetic", "problems: 'synthetic', a file, a benchmark or a hub data set", "data")
     split: str = setting("train", "split of 'synthetic' or of a hub data set", "data")
-    limit: int = setting(128, "number of problems, the first ones of a file", "data", min=1)
+    limit: int | None = by_model(128, None, "number of problems, the first ones of a file", "data", min=1)
     model: str = setting("runs/sft/final", "name of the demo model, folder or hub id", "model")
     prompt: str = setting("", PROMPT_HELP, "model")
     sampler: Literal["hf", "vllm"] = setting("hf", "engine; 'hf' shares the trainer's weights", "model")
-    prompts: int = setting(
-        8, "P, problems and at most as many failed steps per iteration (paper: 128)", "sampling", min=1
-    )
+    prompts: int = setting(8, "P, problems, and most failed steps, per iteration (paper: 128)", "sampling", min=1)
     group: int = setting(8, "G, trajectories per problem and samples per failed step (paper: 16)", "sampling", min=1)
     pass_rate_range: str = setting(
         "0.05,0.95", "skip most problems with another pass rate; 0,1: skip none (paper)", "sampling"
     )
     max_draws: int = setting(3, "maximum number of times that problems are drawn per iteration", "sampling", min=1)
-    max_tokens: int = setting(144, "maximum response length in tokens (paper: 3,200)", "sampling", min=1)
-    max_rounds: int = setting(2, "tool calls per trajectory (paper: 5)", "sampling", min=0)
+    max_tokens: int = by_model(144, 3200, "maximum response length in tokens (paper: 3,200)", "sampling", min=1)
+    max_rounds: int = by_model(2, 5, "tool calls per trajectory (paper: 5)", "sampling", min=0)
     temperature: float = setting(1.0, "sampling temperature, also used in training (paper: 1.0)", "sampling")
     suffix_tokens: int = setting(100, "L_suffix, thought tokens to regenerate (paper: 100)", "sampling", min=0)
     timeout: float = setting(5.0, "seconds a snippet may run", "sampling")
@@ -96,9 +97,7 @@ class Settings(TrainSettings):
     clip_high: float = setting(0.28, "eps_high: the ratio is clipped above 1 + eps_high", "objective")
     dual_clip: float = setting(3.0, "c: where A < 0 the loss is at most -c A", "objective")
     is_cap: float = setting(2.0, "cap of the importance weight exp(logp_old - logp_sampler)", "objective")
-    is_level: Literal["token", "sequence"] = setting(
-        "token", "scope of that weight; of a sequence, the product", "objective"
-    )
+    is_level: Literal["token", "sequence"] = setting("token", "scope of that weight (product)", "objective")
     kl_coef: float = setting(0.0, "weight of the KL to the initial model, k3 estimate (paper: 0)", "objective")
     entropy_coef: float = setting(0.0, "weight of an entropy bonus (paper: 0)", "objective")
     improper: Literal["zero", "drop"] = setting("zero", "improper responses: reward 0, or dropped (paper)", "objective")
@@ -118,9 +117,9 @@ class Settings(TrainSettings):
     value_coef: float = setting(0.5, "ppo: weight of the value loss", "objective")
     value_clip: float = setting(0.2, "ppo: clip range of the value function", "objective")
     whiten: bool = setting(False, "ppo: scale the advantages of each level to mean 0 and std 1", "objective")
-    iterations: int = setting(10, "iterations of sampling and updating", "optimisation", min=1)
+    iterations: int = by_model(10, 200, "iterations of sampling and updating", "optimisation", min=1)
     updates: int = setting(1, "optimizer steps per iteration", "optimisation", min=1)
-    lr: float = setting(4e-5, "peak learning rate (paper: 1e-6)", "optimisation")
+    lr: float = by_model(4e-5, 1e-6, "peak learning rate (paper: 1e-6)", "optimisation")
     value_lr: float = setting(1e-3, "ppo: learning rate of the value head (initialised to 0)", "optimisation")
     rows: int = setting(64, "requests that decode at once", "memory", min=1)
     kv_tokens: int = setting(0, "size of the KV cache in tokens; 0: half of the free memory", "memory", min=0)
@@ -439,6 +438,7 @@ def log(run: Run, iteration: int, trajectories, counts: Counter, metrics: dict, 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, __doc__, argv)
     with user_errors():
+        settings = fill_defaults(settings, base_model(settings.model), DEMO_MODEL)
         device = start_ranks(settings.device, settings.rank_timeout)
         if settings.estimator == "grpo" and settings.group < 2:
             raise UserError(f"--group {settings.group}: must be at least 2 with --estimator grpo")

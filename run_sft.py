@@ -24,12 +24,14 @@ from thor.distributed import cpu_workers, start_ranks
 from thor.engines import HFEngine
 from thor.prompts import Prompt
 from thor.rollout import Sampling
-from thor.run_folder import Run
+from thor.run_folder import Run, base_model
 from thor.sandbox import Executor
 from thor.settings import (
     PROMPT_HELP,
     UserError,
+    by_model,
     derive_seed,
+    fill_defaults,
     parse_settings,
     prompt_for,
     run_main,
@@ -49,17 +51,17 @@ class Settings(TrainSettings):
     """Flags of run_sft.py, in addition to those of TrainSettings."""
 
     data: str = setting("runs/tirgen/tir.jsonl", "trajectories from run_tirgen.py", "data")
-    max_length: int = setting(1024, "skip longer trajectories, in tokens (paper: 20,000)", "data")
+    max_length: int = by_model(1024, 20_000, "skip longer trajectories, in tokens (paper: 20,000)", "data", min=1)
     model: str = setting(DEMO_MODEL, "name of the demo model, folder or hub id", "model")
     prompt: str = setting("", PROMPT_HELP, "model")
     epochs: int = setting(3, "passes over the data (paper: 3)", "optimisation", min=1)
-    batch: int = setting(16, "trajectories per optimizer step (paper: 128)", "optimisation", min=1)
-    lr: float = setting(1e-4, "peak learning rate (paper: 2e-6)", "optimisation")
+    batch: int = by_model(16, 128, "trajectories per optimizer step (paper: 128)", "optimisation", min=1)
+    lr: float = by_model(1e-4, 2e-6, "peak learning rate (paper: 2e-6)", "optimisation")
     lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", LR_SCHEDULE_HELP, "optimisation")
     warmup: float = setting(0.05, "share of the steps in which lr rises from 0 (paper: 0.05)", "optimisation", min=0)
     eval_every: int = setting(0, "steps between validations; 0: only first and last", "validation", min=0)
-    max_tokens: int = setting(144, "maximum response length in validation, in tokens", "validation", min=1)
-    max_rounds: int = setting(2, "maximum tool calls per response in validation (paper: 5)", "validation", min=0)
+    max_tokens: int = by_model(144, 4096, "maximum response length in validation, in tokens", "validation", min=1)
+    max_rounds: int = by_model(2, 5, "maximum tool calls per response in validation (paper: 5)", "validation", min=0)
     save_every: int = setting(10, "optimizer steps between checkpoints", "run", min=1)
     memory_mb: int = setting(1024, "memory limit of a code block in MiB", "validation", min=1)
     out: str = setting("runs/sft", "run folder to write", "run")
@@ -113,6 +115,7 @@ def train(model, trajectories: list[Trajectory], run: Run, settings: Settings, v
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, __doc__, argv)
     with user_errors():
+        settings = fill_defaults(settings, base_model(settings.model), DEMO_MODEL)
         device = start_ranks(settings.device, settings.rank_timeout)
         prompt = prompt_for(settings.prompt, settings.model)
         run = Run(settings.out, settings, settings.resume)

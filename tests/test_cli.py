@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 import run_rl
+import run_sft
 from run_infer import Printer
+from thor.demo import DEMO_MODEL
 from thor.prompts import PROMPT_FILE, load_prompt
-from thor.settings import parse_settings, setting
+from thor.settings import fill_defaults, parse_settings, setting
 
 ROOT = Path(__file__).parent.parent
 
@@ -256,6 +258,23 @@ def test_printer_colors_text_output_and_corrections():
     printer("correction", "\n```output\nNameError: x\n```\n")
     assert "\033[36mprint(1)" in terminal.text and "\033[32m\n```output" in terminal.text
     assert "\033[33m\n[failed: NameError: x;" in terminal.text and terminal.text.startswith("Think.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (run_rl.Settings, {"lr": 1e-6, "max_tokens": 3200, "max_rounds": 5, "limit": None, "iterations": 200}),
+        (run_sft.Settings, {"lr": 2e-6, "max_tokens": 4096, "max_rounds": 5, "max_length": 20_000, "batch": 128}),
+    ],
+)
+def test_lengths_rates_and_limits_of_the_demo_model_are_not_those_of_others(settings, expected, capsys):
+    demo, other = (fill_defaults(parse_settings(settings, "", []), name, DEMO_MODEL) for name in (DEMO_MODEL, "x/7b"))
+    assert demo == settings() and asdict(other) == asdict(demo) | expected | {"eval_temperature": 0.6}
+    assert "x/7b is not the demo model, so the defaults are: " in (line := capsys.readouterr().out)
+    assert "limit all" in line or "limit" not in expected
+    flags = [word for name in expected for word in (f"--{name}", str(getattr(demo, name)))]
+    given = fill_defaults(parse_settings(settings, "", flags), "x/7b", DEMO_MODEL)
+    assert asdict(given) == asdict(demo) | {"eval_temperature": 0.6}  # what is given stays, also if it is the demo's
 
 
 def test_control_characters_of_a_model_or_tool_are_printed_visibly():

@@ -265,8 +265,10 @@ def test_validation_sources_are_loaded_and_default_to_those_of_the_demo(tmp_path
     settings = replace(SETTINGS, evaluate=True, eval_limit=2)
     assert [len(problems) for problems in load_validation(settings, demo=True).values()] == [2]
     assert load_validation(settings, demo=False) == {} == load_validation(replace(settings, evaluate=False), demo=True)
-    named = load_validation(replace(settings, eval_data=f"{path},synthetic"), demo=False)
+    named = load_validation(replace(settings, eval_data=f"{path}, synthetic"), demo=False)
     assert list(named) == [str(path), "synthetic"] and {len(problems) for problems in named.values()} == {2}
+    comma = path.rename(tmp_path / "a,b.jsonl")
+    assert list(load_validation(replace(settings, eval_data=str(comma)), demo=False)) == [str(comma)]
 
 
 # ---- learning rate --------------------------------------------------------------------------------------------------

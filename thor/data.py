@@ -40,6 +40,11 @@ INSTRUCTIONS = re.compile(  # those of DAPO and verl about the form of the answe
 )
 
 
+def split_sources(source: str) -> list[str]:
+    """The sources in a text such as 'math500, aime24'. An existing path is a single source, commas or not."""
+    return [source] if Path(source).exists() else [name.strip() for name in source.split(",")]
+
+
 def load_problems(source: str, split: str = "train", limit: int | None = None, seed: int = 0) -> list[Problem]:
     """Load problems in the order of their source. Their ids are unique.
 
@@ -60,8 +65,7 @@ def load_problems(source: str, split: str = "train", limit: int | None = None, s
     """
     if limit is not None and limit <= 0:
         raise ValueError(f"limit is {limit}: must be at least 1")
-    names = [source] if Path(source).exists() else [name.strip() for name in source.split(",")]
-    loaded = [_load(name, split, limit, seed) for name in names]
+    loaded = [_load(name, split, limit, seed) for name in split_sources(source)]
     labels = [problems[0].source for problems in loaded]
     for label in labels:
         if labels.count(label) > 1:

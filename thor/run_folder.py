@@ -24,6 +24,21 @@ from thor.settings import UserError
 LOGS = ("metrics.jsonl", "validation.jsonl", "trajectories.jsonl")  # files that grow during training
 
 
+def lineage(model: str) -> list[tuple[Path, dict]]:
+    """(folder, settings) of each run that led to the model <run>/final, the latest first."""
+    runs: list[tuple[Path, dict]] = []
+    folder = Path(model.removeprefix("vllm:")).parent
+    while (folder / "config.json").is_file() and folder not in dict(runs):
+        runs.append((folder, json.loads((folder / "config.json").read_text())))
+        folder = Path(runs[-1][1].get("model", "")).parent
+    return runs
+
+
+def base_model(model: str) -> str:
+    """The model that the first of these runs started from; without any, `model` itself."""
+    return [model, *(config.get("model", "") for _, config in lineage(model))][-1]
+
+
 class Run:
     """A run folder, and a context manager that finishes the trackers. Only rank 0 writes to it.
 

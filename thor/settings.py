@@ -60,26 +60,31 @@ def setting(default: Any, help: str, topic: str, min: float | None = None) -> An
 
 
 def by_model(demo: Any, other: Any, help: str, topic: str, min: float | None = None) -> Any:
-    """A `setting` whose default depends on the model: `demo` for the demo model, `other` for all others.
-
-    Declare its type as optional. `fill_defaults` replaces None by the default.
-    """
-    shown = ["all" if value is None else f"{value:,}" for value in (demo, other)]
-    field = setting(None, f"{help} (default: {shown[0]} for the demo model, else {shown[1]})", topic, min)
-    return dataclasses.field(default=None, metadata={**field.metadata, "by_model": (demo, other)})
+    """A `setting` with a default for the demo model, which `fill_defaults` replaces if the model is another one."""
+    shown = "all" if other is None else f"{other:,}" if isinstance(other, int) else other
+    field = setting(demo, f"{help} (default: %(default)s for the demo model, else {shown})", topic, min)
+    return dataclasses.field(default=demo, metadata={**field.metadata, "other": other})
 
 
 def fill_defaults(settings: S, model: str, demo_model: str) -> S:
-    """Replace each `by_model` setting that is None by the default for `model`, and print those of other models."""
-    filled = {
-        field.name: field.metadata["by_model"][model != demo_model]
+    """If `model` is not the demo model, replace the settings that were not given by the defaults of other models.
+
+    Prints which. settings: from `parse_settings`, which records what was given; without it, values other than the
+    demo's count as given.
+    """
+    if model == demo_model:
+        return settings
+    values = {
+        field.name: field.metadata["other"]
         for field in dataclasses.fields(settings)
-        if "by_model" in field.metadata and getattr(settings, field.name) is None
+        if "other" in field.metadata
+        and getattr(settings, field.name) == field.default
+        and field.name not in getattr(settings, "_given", ())
     }
-    if filled and model != demo_model and rank() == 0:
-        values = ", ".join(f"{name} {'all' if value is None else value}" for name, value in filled.items())
-        print(f"{model} is not the demo model, so the defaults are: {values}")
-    return dataclasses.replace(settings, **filled)
+    if values and rank() == 0:
+        shown = ", ".join(f"{name} {'all' if value is None else value}" for name, value in values.items())
+        print(f"{model} is not the demo model, so the defaults are: {shown}")
+    return dataclasses.replace(settings, **values)
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -138,7 +143,11 @@ def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positi
         smallest, value = field.metadata.get("min"), getattr(settings, field.name)
         if None not in (smallest, value) and value < smallest:
             parser.error(f"--{field.name} {value}: must be at least {smallest}")
-    return dataclasses.replace(settings, **{positional: given}) if given else settings
+    if given:
+        settings = dataclasses.replace(settings, **{positional: given})
+    given = {word.partition("=")[0].removeprefix("--") for word in argv}
+    object.__setattr__(settings, "_given", given)  # for `fill_defaults`; not a field, so not in config.json
+    return settings
 
 
 def _flags_from(config: str, cls: type, parser: _Parser) -> list[str]:

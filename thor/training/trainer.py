@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from thor.attention import distinct_tokens, micro_batches
 from thor.distributed import all_reduce_sum, barrier, gather, rank, world_size
 from thor.run_folder import LOGS, Run, to_line, write_atomic
-from thor.settings import UserError, setting
+from thor.settings import UserError, by_model, setting
 from thor.training.model import FULL_STATE, checkpoint_gradients, reshard, shard
 from thor.training.scoring import Scores, score_tokens
 from thor.trajectory import Trajectory
@@ -57,7 +57,7 @@ class TrainSettings:
         0, "iterations between validations; 0: only before and after training", "validation", min=0
     )
     eval_samples: int = setting(1, "responses per problem", "validation", min=1)
-    eval_temperature: float = setting(0.4, "sampling temperature; 0: greedy", "validation", min=0)
+    eval_temperature: float = by_model(0.4, 0.6, "sampling temperature; 0: greedy", "validation", min=0)
     rank_timeout: float = setting(3600.0, "seconds that a rank waits for the others", "run")
     seed: int = setting(0, "random seed", "run")
     report_to: str = setting("tensorboard", "trackers, such as 'tensorboard,wandb'; 'none' for none", "run")

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from transformers import PreTrainedModel
 
-from thor.data import load_problems
+from thor.data import load_problems, split_sources
 from thor.distributed import gather, rank, world_size
 from thor.engines import Engine
 from thor.evaluation import evaluate
@@ -26,7 +26,7 @@ LOGGED = ("accuracy", "code_ratio", "code_pass_rate", "truncated", "tokens")  # 
 
 def load_validation(settings: TrainSettings, demo: bool) -> dict[str, list[Problem]]:
     """The problems of each source in --eval_data. demo: the run trains the demo, whose held-out problems are known."""
-    sources = settings.eval_data.split(",") if settings.evaluate else []
+    sources = split_sources(settings.eval_data) if settings.evaluate else []
     if sources == ["auto"]:
         sources = ["synthetic"] if demo else []
     return {name: load_problems(name, split="test", limit=settings.eval_limit) for name in sources}
