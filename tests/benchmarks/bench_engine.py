@@ -196,10 +196,10 @@ def measure(which: str, source: str, names: list[str]) -> dict:
         vocabulary = model.config.vocab_size
         if which == "generate":
             model = AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype).eval()
-        else:
+        start = peak_rss()
+        if which != "generate":
             engine = HFEngine(model, tokenizer)
             engine.eos = set()
-        start = peak_rss()
 
     def run(name: str, scale: float, executor: Executor) -> int:
         load = workload(name, vocabulary, scale)
