@@ -33,7 +33,7 @@ from thor.settings import UserError, parse_settings
 from thor.training import trainer as trainer_module
 from thor.training.model import add_value_head, load_model, save_model
 from thor.training.problems import ProblemQueue, pass_rates
-from thor.training.trainer import Sample, Trainer, lr_factor
+from thor.training.trainer import Counts, Sample, Trainer, lr_factor
 from thor.training.validation import Validation, load_validation
 from thor.trajectory import ExecResult, Problem, Trajectory
 
@@ -224,6 +224,68 @@ def test_rank_without_samples_of_a_skipped_batch_dumps_no_file(run, tokenizer):
     assert not (run / "skipped").exists()
 
 
+# ---- settings of the trainer ----------------------------------------------------------------------------------------
+
+
+def sft_step(trainer: Trainer) -> None:
+    """A step on four samples of four tokens that share the first."""
+    rows = [ledger([1], [10 + i, 20, 30]) for i in range(4)]
+    trainer.step([Sample(row) for row in rows], run_sft.sft_loss)
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_micro_batches_have_the_size_and_layout_of_the_settings(run, tokenizer, monkeypatch, tree):
+    score, calls = trainer_module.score_tokens, []
+
+    def recorded(model, sequences, *args, tree):
+        calls.append((len(sequences), tree))
+        return score(model, sequences, *args, tree=tree)
+
+    monkeypatch.setattr(trainer_module, "score_tokens", recorded)
+    sft_step(Trainer(tiny_llama(tokenizer), run, replace(SETTINGS, max_tokens_per_micro_batch=8, tree=tree)))
+    assert calls == [(2, tree)] * 2
+
+
+def test_denominators_of_a_batch_by_hand():
+    """Tokens with advantage 0 are not positive, and observation tokens count nowhere."""
+    with_observation = ledger([1], [2, 3])
+    with_observation.append_observation([4, 5, 6])
+    samples = [
+        Sample(with_observation, 1.0),
+        Sample(ledger([1], [2]), 0.0),
+        Sample(ledger([1], [2, 3, 4]), torch.tensor([0.5, 0.0, -1.0])),
+        Sample(ledger([1], [2, 3, 4, 5]), -1.0, "step"),
+        Sample(ledger([1], [2, 3, 4, 5, 6]), 2.0, "step"),
+    ]
+    assert Counts.of(samples) == Counts(trajectory=6, step=9, positive=2 + 1 + 5)
+
+
+@pytest.mark.parametrize(("checkpointing", "calls"), [(False, 1), (True, 2)])
+def test_gradient_checkpointing_runs_each_layer_twice(run, tokenizer, checkpointing, calls):
+    model, found = tiny_llama(tokenizer), []
+    trainer = Trainer(model, run, replace(SETTINGS, gradient_checkpointing=checkpointing))
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: found.append(1))
+    sft_step(trainer)
+    assert len(found) == calls
+
+
+def test_score_uses_the_policy_or_the_model_that_it_is_given(run, tokenizer):
+    model, reference = tiny_llama(tokenizer), tiny_llama(tokenizer, seed=1)
+    trainer, sample = Trainer(model, run, SETTINGS, reference=reference), Sample(ledger([1], [10, 20]))
+    [(policy, _)], [(other, _)] = trainer.score([sample]), trainer.score([sample], trainer.reference)
+    [(expected, _)] = Trainer(reference, run, SETTINGS).score([sample])
+    assert torch.equal(other, expected) and not torch.allclose(policy, other)
+
+
+def test_trackers_of_a_resumed_run_start_at_its_iteration(run, monkeypatch):
+    started = []
+    monkeypatch.setattr(Run, "start_trackers", lambda self, step: started.append(step))
+    model = torch.nn.Linear(2, 1)
+    list(Trainer(model, run, SETTINGS).iterations(3, "test", "iteration"))
+    Trainer(model, run, SETTINGS)
+    assert started == [0, 3]
+
+
 # ---- validation -----------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +374,7 @@ def test_gradient_is_clipped_to_a_norm(tokenizer):
         before = [p.detach().clone() for p in model.parameters()]
         loss = partial(hierarchical_loss, settings=SETTINGS)
         metrics = trainer.step([Sample(ledger([1], [5, 6, 7]))], loss)
+        assert metrics["lr"] == 1.0
         moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
         return metrics["grad_norm"], torch.nn.utils.get_total_norm(moved).item()
 
@@ -493,6 +556,28 @@ def test_checkpoint_that_was_never_linked_is_removed_and_not_counted(run):
     (folder / "000009.pt").write_bytes(b"written by a killed run")
     assert save(2) == ["000001", "000002"]
     assert save(3) == ["000002", "000003"]
+
+
+def test_interrupted_save_leaves_no_checkpoint_and_does_not_hinder_the_next(run, monkeypatch):
+    def interrupted(state, path):
+        Path(path).write_bytes(b"PK part of a checkpoint")
+        raise KeyboardInterrupt
+
+    trainer = Trainer(torch.nn.Linear(2, 1), run, SETTINGS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", interrupted)
+        trainer.save({"iteration": 1})
+    assert list((run / "checkpoints").glob("*.pt")) == []
+    (run / "checkpoints/link.tmp").symlink_to("000001.pt")  # of a run that was killed before it renamed the link
+    trainer.save({"iteration": 2})
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000002.pt", "latest.pt"]
+
+
+def test_broken_link_to_a_checkpoint_is_refused(run):
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/latest.pt").symlink_to("000009.pt")
+    with pytest.raises(UserError, match=r"latest.pt: broken symlink"):
+        Trainer(torch.nn.Linear(2, 1), run, SETTINGS)
 
 
 class SlowExecutor(ThreadPoolExecutor):
