@@ -169,6 +169,7 @@ class ScriptedEngine:
         self.turns: dict[str, int] = {}
 
     def add(self, request: Request) -> None:
+        request.token_limit(self.context)  # raises ValueError if no engine could serve the request
         self.queue.append(request)
         self.requests.append(request)
 

@@ -135,6 +135,8 @@ def test_eos_is_appended_only_when_sampled(tokenizer):
     assert stopped.finish == "stop" and stopped.token_ids[-1] == tokenizer.eos_token_id and stopped.action_mask[-1]
     cut, _, _ = solve_scripted(tokenizer, turns("too long for this"), Sampling(max_tokens=4))
     assert cut.finish == "length" and tokenizer.eos_token_id not in cut.token_ids and len(cut) == 4
+    for trajectory in (stopped, cut):  # without a block, all is thought
+        assert trajectory.steps == [Step(0, *[len(trajectory)] * 3)]
 
 
 def test_block_cut_by_the_token_limit_is_not_run(tokenizer):
@@ -180,8 +182,13 @@ def test_rounds_are_limited_to_three_by_default(tokenizer):
 
 
 def test_stop_on_failure_ends_the_trajectory_at_the_failed_block(tokenizer):
-    trajectory, _, _ = solve_scripted(tokenizer, turns("```python\nbad\n```", "x"), stop_on_failure=True)
-    assert trajectory.finish == "failed_code" and len(trajectory.steps) == 1 and trajectory.steps[0].failed
+    replies = turns(BLOCK, "```python\nbad\n```", "x")
+    trajectory, _, _ = solve_scripted(tokenizer, replies, stop_on_failure=True)
+    assert trajectory.finish == "failed_code" and [step.failed for step in trajectory.steps] == [False, True]
+    corrected, _, _ = solve_scripted(
+        tokenizer, turns("```python\nbad\n```", BLOCK, "x"), stop_on_failure=True, self_correct=1
+    )
+    assert corrected.finish == "stop" and corrected.corrections == 1
 
 
 def test_context_length_of_the_model_ends_a_trajectory(tokenizer):
@@ -215,6 +222,33 @@ def test_self_correction_backtracks_to_r_pre(tokenizer, suffix, kept):
     assert trajectory.corrections == 1 and trajectory.discarded == len(first) - len(kept)
     assert len(trajectory.results) == 1 and trajectory.finish == "stop"
     assert trajectory.steps[0].think_start == 0 and trajectory.steps[0].act_start == len(kept) + len("klm\n")
+
+
+def test_suffix_has_100_tokens_by_default(tokenizer):
+    replies = turns("a" * 150 + "\n```python\nbad\n```", "\n" + BLOCK, "end")
+    trajectory, _, _ = solve_scripted(tokenizer, replies, self_correct=1)
+    assert trajectory.text(tokenizer).startswith("a" * 51 + "\n```python\nprint(1)")
+
+
+def test_listener_hears_text_output_and_corrections_in_order(tokenizer):
+    heard = []
+
+    def listener(kind, text):
+        if heard and heard[-1][0] == kind == "text":
+            text = heard.pop()[1] + text
+        heard.append((kind, text))
+
+    bad, replies = "a\n```python\nbad\n```", turns("a\n```python\nbad\n```", "b\n" + BLOCK, "end")
+    _, _, executor = solve_scripted(tokenizer, replies, self_correct=1, listener=listener)
+    results = [executor.judge(code) for code in executor.codes]
+    failed, output = (observation_text(result.observation(), "") for result in results)
+    assert heard == [
+        ("text", bad),
+        ("correction", failed),
+        ("text", "b\n" + BLOCK),
+        ("output", output),
+        ("text", "end"),
+    ]
 
 
 def test_trajectory_continues_when_self_corrections_are_used_up(tokenizer):
@@ -299,7 +333,8 @@ def test_correction_without_room_for_a_new_block(tokenizer):
 def test_fence_within_a_line_after_backtracking_opens_no_block(tokenizer):
     replies = turns("abc\n```python\nbad\n```", "```python\nprint(1)\n```\nno block", "end")
     trajectory, _, executor = solve_scripted(tokenizer, replies, self_correct=1, suffix_tokens=2)
-    assert trajectory.text(tokenizer).startswith("ab```python") and executor.codes == ["bad\n"]
+    assert trajectory.text(tokenizer) == "ab```python\nprint(1)\n```\nno block" and executor.codes == ["bad\n"]
+    assert trajectory.finish == "stop"
 
 
 def test_infra_is_retried_and_then_reported(tokenizer):

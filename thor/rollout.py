@@ -176,7 +176,7 @@ class Turn(FenceParser):
         self.listener, self.tools = listener, tools
 
     def feed(self, piece: str) -> bool:
-        if self.listener and piece:
+        if self.listener:
             self.listener("text", piece)
         return self.tools and super().feed(piece)
 
@@ -245,8 +245,6 @@ def think_act_observe(
         room = min(sampling.max_tokens - end, engine.context - len(trajectory.prompt_ids) - end)
         if room <= 0:
             trajectory.finish = "length"
-            if tries:  # backtracked: the kept part of the thought is the last step
-                trajectory.steps.append(Step(start, end, end, end, retries=tries))
             break
         context, r_pre = trajectory.prompt_ids + trajectory.token_ids[:start], trajectory.token_ids[start:]
         seed = derive_seed(sampling.seed, sampler.name, end, trajectory.corrections)
