@@ -49,9 +49,9 @@ class FenceParser:
 
     def feed(self, piece: str) -> bool:
         """Parse the next piece of text. Return True once the block is closed, where the policy's turn ends."""
-        text = self.text
-        at, self.text = len(text), ""  # with a single reference, CPython appends in place: a piece costs O(its length)
-        text += piece
+        text, self.text = self.text, ""
+        at = len(text)
+        text += piece  # with one reference to the text, CPython appends in place, in time O(piece)
         self.text = text
         while not self.closed:
             newline = text.find("\n", at)
@@ -87,9 +87,10 @@ THOUGHT = re.compile(r"\A.*?</think>|<think>.*?(?:</think>|\Z)|</think>", re.DOT
 BOX_TOKENS = re.compile(
     r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\boxed\s*(?P<bare>[-+]?\d[\d.,/]*|(?<=\s)[A-Za-z]\b)|\\.|[{}]", re.DOTALL
 )
-EMPTY = re.compile(r"(?:[\s~$]|\\[,;:! ]|\\q?quad)*")
-MARKUP = re.compile(r"\s|[~$*{}]|\\[()\[\],;:! ]|\\(?:text|mathrm|mbox)(?![A-Za-z])")
-LINK = re.compile(r"(?:[,;&，、]|\\\\|\\q?quad|and|or|和|或)+")  # between the boxes of a list, without MARKUP
+EMPTY = re.compile(r"(?:[\s~${}]|\\[,;:! ]|\\(?:q?quad|text|mathrm|mbox)(?![A-Za-z]))*")
+MARKUP = re.compile(r"\s|[~$*{}]|(?<!\\)\\[()\[\],;:! ]|\\(?:text|mathrm|mbox)(?![A-Za-z])")
+# between the boxes of a list, without MARKUP
+LINK = re.compile(r"(?:[,;&，、]|\\\\|\\(?:q?quad|enspace|hspace[\w.]*|lor|vee)|and|or|和|或)+")
 
 
 def prose(text: str) -> str:
@@ -250,12 +251,9 @@ def encode_around(tokenizer, pieces: Sequence[str], inserted: str) -> list[int]:
     def encoded(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    def count(ids: list[int]) -> int:
-        return sum(token_id in control for token_id in ids)
-
     control, parts = control_ids(tokenizer), [encoded(piece) for piece in pieces]
     ids = encoded(inserted.join(pieces))
-    if count(ids) == sum(map(count, parts)):
+    if [i for i in ids if i in control] == [i for part in parts for i in part if i in control]:
         return ids
     ids = parts[0]
     for part in parts[1:]:
