@@ -186,7 +186,7 @@ class ActorCritic:
         draft.append("".join(parts[at:]) + prose[end:])
         if step.code is not None:
             block = Rewrite(0, 0, own, step.code)
-            yield from self.rewrite(draft, block, tir_step(own.rstrip(), step.code), is_own=True)
+            yield from self.rewrite(draft, block, tir_step(own.rstrip(), step.code.rstrip()).lstrip("\n"), is_own=True)
         elif step.ended and not draft.dropped:
             draft.finished = True
 
@@ -216,6 +216,8 @@ class ActorCritic:
         known = f"{draft.problem.question}\n{draft.text}"
         indent = replaced[: len(replaced) - len(replaced.lstrip())]
         reply, told, fault = "", "", ""
+        if is_own and not draft.has_prose(rewrite.logic):  # the critic has to say what the block computes
+            fault = "no_reasoning"
         for attempt in range(self.settings.code_tries):
             if attempt or not rewrite.code:
                 rewrites, fault, reply = yield from self.ask_critic(draft, [replaced], told)

@@ -7,6 +7,7 @@ import pytest
 from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer
 
 from run_tirgen import ActorCritic, Settings, critic_sampling, grade, resolve, sample_drafts
+from thor.demo import synthetic_problems
 from thor.demo.few_shot import DEMONSTRATIONS, nearest_demonstrations
 from thor.prompts import TIRGEN_PROMPTS
 from thor.rollout import drive
@@ -69,6 +70,11 @@ def test_demonstrations_print_their_recorded_output(executor):
     results = executor.run([d.code for d in DEMONSTRATIONS])
     for demonstration, result in zip(DEMONSTRATIONS, results, strict=True):
         assert result.passed and result.observation() == demonstration.output, demonstration.question
+
+
+def test_no_demonstration_is_a_problem():
+    problems = {p.question for split in ("train", "test") for p in synthetic_problems(split, 1500, 0)}
+    assert not problems & {d.question for d in DEMONSTRATIONS}
 
 
 def test_most_similar_demonstration_comes_last():
@@ -197,6 +203,14 @@ def test_a_failed_block_of_the_actor_goes_to_the_critic():
     assert draft.codes == ["print(2 + 2)\n"] and draft.errors == {"NameError": 1} and draft.correct
     [prompt, _] = asked(engine, "critic")
     assert "print(bad + 2)" in prompt and "is not defined" in prompt
+
+
+def test_a_block_of_the_actor_without_prose_gets_its_reasoning_from_the_critic():
+    own = "```python\nprint(2 + 2)\n```"
+    draft, engine = build(chat_tokenizer(), [own, "So it is \\boxed{4}."], [BLOCK, "none"], "chat")
+    assert draft.text.startswith(f"{BLOCK}\n```output") and draft.rejected == {"no_reasoning": 1} and draft.correct
+    assert own in asked(engine, "critic")[0] and "no reasoning before the block" in asked(engine, "critic")[0]
+    assert first_fault(draft, FilterSettings()) == ("", "")
 
 
 def test_the_line_before_a_block_of_the_actor_is_not_replaced_by_code_too():

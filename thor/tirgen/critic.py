@@ -170,7 +170,8 @@ def contract_fault(rewrite: Rewrite, step: str, known: str) -> str:
     if is_constant(code) or claimed_numbers(logic) - numbers(known) - numbers(code):
         return "predicts_output"
     own = words(logic) | numbers(logic)
-    if own and 3 * len(own - words(f"{known} {step} {code}") - numbers(f"{known} {step}")) > 2 * len(own):
+    new = own - words(f"{known} {step} {code}") - numbers(f"{known} {step}")
+    if 3 * len(new) > 2 * len(own) and words(step.partition("```")[0]):  # else the step is a block without reasoning
         return "changes_reasoning"
     return ""
 

@@ -53,6 +53,11 @@ class Draft:
     def answer(self) -> str | None:
         return extract_answer(self.policy_text)
 
+    def has_prose(self, text: str) -> bool:
+        """Whether a block that follows `text` at the end of the draft has prose before it, after the last output."""
+        before = self.segments[-1][0] if self.segments and self.segments[-1][1] else ""
+        return any(character.isalnum() for character in (before + text).replace(THINK, ""))
+
     def append(self, text: str) -> None:
         """Append text that the policy is to learn."""
         if self.segments and self.segments[-1][1]:
