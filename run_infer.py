@@ -30,7 +30,16 @@ from thor.demo import DEMO_MODEL
 from thor.distributed import barrier, cpu_workers, gather, rank, start_ranks, world_size
 from thor.engines import Engine, load_engine
 from thor.evaluation import TEST_TIMEOUT, ScoreLog, evaluate, held_out
-from thor.metrics import Score, Summary, compare, comparison_table, results_tables, summarize, table
+from thor.metrics import (
+    Score,
+    Summary,
+    accuracy_table,
+    compare,
+    comparison_table,
+    results_tables,
+    summarize,
+    table,
+)
 from thor.rollout import Sampling, solve
 from thor.run_folder import Run, base_model, lineage, write_atomic
 from thor.sandbox import Executor
@@ -173,7 +182,7 @@ class Evaluation:
         if any(score.reward is not None for score in scores):
             summary = summarize(scores)
             rows = [] if self.settings.data else [*stages(self.settings.model), (self.name, summary)]
-            text += f"\n\n{table(rows) if rows else results_tables(summary)}"
+            text += f"\n\n{table(rows) if rows else results_tables(self.name, summary)}"
             facts = {"name": self.name, "problems_of_run": count, "complete": len(groups) == count, "seconds": seconds}
             self.run.write_json("results.json", facts | summary)
             write_atomic(self.run / "results.md", text + "\n")
@@ -206,20 +215,23 @@ def stages(model: str) -> list[tuple[str, Summary]]:
 
 
 def compare_runs(folders: list[str]) -> None:
-    """Print the tables of one run, or of several the differences of each to the first. Raises UserError."""
+    """Print the accuracy of all runs, and the differences of each to the first. Raises UserError."""
     scores = {}
     for folder in folders:
-        scores[folder] = ScoreLog(folder).scores()
+        try:
+            scores[folder] = ScoreLog(folder).scores()
+        except (KeyError, ValueError):
+            raise UserError(f"--compare {folder}: its trajectories.jsonl is not one of run_infer.py") from None
         if not scores[folder]:
             raise UserError(f"--compare {folder}: has no trajectories.jsonl of run_infer.py")
-    if len(folders) == 1:
-        print(results_tables(summarize(scores[folders[0]])))
+    summaries = [(folder, summarize(scores[folder])) for folder in scores]
+    print(accuracy_table(summaries) if len(summaries) > 1 else results_tables(*summaries[0]))
     for folder in folders[1:]:
         try:
             differences = compare(scores[folders[0]], scores[folder])
         except ValueError as error:
             raise UserError(f"--compare {folders[0]} {folder}: {error}") from error
-        print(comparison_table(differences, folders[0], folder))
+        print(f"\n{comparison_table(differences, folders[0], folder)}")
 
 
 # ---- script ---------------------------------------------------------------------------------------------------------

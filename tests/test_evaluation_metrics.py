@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from thor.metrics import (
     ROUNDS,
     Score,
+    accuracy_table,
     best_of_n,
     compare,
     comparison_table,
@@ -155,7 +156,7 @@ def test_samples_without_a_reward_do_not_count():
 def test_undefined_metrics_are_nan_and_shown_as_a_dash():
     summary = summarize([*problem("a", [1, 0], [None, None]), *problem("b", [0, 0], [None, None])])
     assert all(math.isnan(x) for name in ("code_pass_rate", "accuracy_all_passed", "maj@2") for x in summary[name])
-    assert "| -" in table([("x", summary)]) and "nan" not in results_tables(summary)
+    assert "| -" in table([("x", summary)]) and "nan" not in results_tables("run", summary)
 
 
 @pytest.fixture
@@ -210,7 +211,8 @@ def test_average_gives_each_source_the_same_weight():
     assert summary["accuracy"][0] == 0.75 and summary["problems"] == 100
     assert summary["code_pass_rate"][0] == 1  # small has none
     assert list(summary["sources"]) == ["big", "small"]
-    assert str(summary["sources"]) == str({"big": summarize(big), "small": summarize(small)})  # NaN is not equal to NaN
+    alone = {source: summarize(part)["sources"][source] for source, part in (("big", big), ("small", small))}
+    assert str(summary["sources"]) == str(alone)  # NaN is not equal to NaN
     # small never varies, so the average varies half as much as big
     _, low, high = summary["sources"]["big"]["accuracy"]
     assert summary["accuracy"][1:] == pytest.approx([(low + 1) / 2, (high + 1) / 2])
@@ -275,13 +277,31 @@ def test_tables_by_hand():
 
 def test_results_have_a_row_for_each_source_and_the_average():
     scores = problem("a", [1, 0], source="x") + problem("b", [1, 1], source="y")
-    answers, code = map(cells, results_tables(summarize(scores)).split("\n\n"))
+    answers, code = map(cells, results_tables("run", summarize(scores)).split("\n\n"))
     assert answers[0] == ["", "problems", "accuracy %", "pass@2 %", "maj@2 %", "bon@2 %"]
     assert [row[0] for row in answers] == [row[0] for row in code] == ["", "x", "y", "average"]
     assert [row[1] for row in answers[1:]] == ["1", "1", "2"]
     assert [row[2].split()[0] for row in answers[1:]] == ["50.0", "100.0", "75.0"]
-    [_, single] = cells(results_tables(summarize(problem("a", [1]))).split("\n\n")[0])
-    assert single[2] == "100.0 [100-100]"
+    [_, single] = cells(results_tables("run", summarize(problem("a", [1]))).split("\n\n")[0])
+    assert single[0] == "run" and single[2] == "100.0 [100-100]"
+
+
+def test_accuracies_of_runs_have_the_layout_of_the_paper():
+    both = summarize(problem("a", [1], source="x") + problem("b", [0], source="y"))
+    assert cells(accuracy_table([("one", both), ("two", summarize(problem("a", [1], source="x")))])) == [
+        ["accuracy %", "x", "y", "average"],
+        ["one", "100.0 [100-100]", "0.0 [0-0]", "50.0 [50-50]"],
+        ["two", "100.0 [100-100]", "-", "100.0 [100-100]"],
+    ]
+
+
+def test_comparison_has_the_accuracy_of_each_source_and_all_metrics_of_the_average():
+    first = problem("a", [1], source="x") + problem("b", [0], source="y")
+    rows = cells(comparison_table(compare(first, first), "r", "s"))
+    assert [row[:3] for row in rows[1:4]] == [["x", "1", "accuracy %"], ["y", "1", "accuracy %"]] + [
+        ["average", "2", "accuracy %"]
+    ]
+    assert {row[0] for row in rows[4:]} == {"average"} and "tokens" in {row[2] for row in rows[4:]}
 
 
 def test_comparison_shows_signs():

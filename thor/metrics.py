@@ -197,28 +197,23 @@ def mean_interval(values: Sequence[float | None]) -> list[float]:
 def summarize(scores: Sequence[Score]) -> Summary:
     """Each metric as [value, low, high], and counts: `problems` with a score, `samples` of each, `infra` without one.
 
-    Of several sources, the metrics are averages in which each source has the same weight, and `sources` holds the
-    summary of each. Raises ValueError if no sample has a score.
+    Metrics are averages over the sources, in which each has the same weight. `sources` has the summary of each.
+    Raises ValueError if no sample has a score.
     """
-    groups = by_problem(scores)
-    parts = {source: estimate(source, problems) for source, problems in groups.items()}
+    parts = {source: estimate(source, problems) for source, problems in by_problem(scores).items()}
     if not any(parts.values()):
         raise ValueError(f"nothing to score: {'the sandbox failed in every sample' if scores else 'no samples'}")
 
-    def counts(chosen: Sequence[Score]) -> Summary:
-        problems = Counter((s.source, s.id) for s in chosen if s.reward is not None)
-        infra = sum(s.reward is None for s in chosen)
-        return {"problems": len(problems), "samples": max(problems.values(), default=0), "infra": infra}
-
     def summary(estimates: Estimates, chosen: Sequence[Score]) -> Summary:
-        return {name: interval(values) for name, values in estimates.items()} | counts(chosen)
-
-    total = summary(average([part for part in parts.values() if part]), scores)
-    if len(parts) > 1:
-        total["sources"] = {
-            source: summary(part, [s for s in scores if s.source == source]) for source, part in parts.items()
+        problems = Counter((s.source, s.id) for s in chosen if s.reward is not None)
+        return {name: interval(values) for name, values in estimates.items()} | {
+            "problems": len(problems),
+            "samples": max(problems.values(), default=0),
+            "infra": sum(s.reward is None for s in chosen),
         }
-    return total
+
+    sources = {source: summary(part, [s for s in scores if s.source == source]) for source, part in parts.items()}
+    return summary(average([part for part in parts.values() if part]), scores) | {"sources": sources}
 
 
 def compare(first: Sequence[Score], second: Sequence[Score]) -> dict[str, Summary]:
@@ -228,25 +223,22 @@ def compare(first: Sequence[Score], second: Sequence[Score]) -> dict[str, Summar
     several sources there is also their average. Raises ValueError if there is no common problem.
     """
     groups = by_problem(first), by_problem(second)
-    pairs = {}
+    counts, parts = {}, {}  # by source; parts: estimates of the first run, the second, and the difference
     for source in groups[0]:
         common = sorted(groups[0][source].keys() & groups[1].get(source, {}).keys())
         if common:
-            pairs[source] = (
-                [estimate(source, {id: group[source][id] for id in common}) for group in groups],
-                len(common),
-            )
-    if not pairs:
+            a, b = (estimate(source, {id: group[source][id] for id in common}) for group in groups)
+            counts[source], parts[source] = len(common), (a, b, {name: b[name] - a[name] for name in a if name in b})
+    if not parts:
         raise ValueError("the runs have no problem in common")
-    if len(pairs) > 1:
-        columns = zip(*(estimates for estimates, _ in pairs.values()), strict=True)
-        pairs[AVERAGE] = [average(column) for column in columns], sum(count for _, count in pairs.values())
-    return {
-        source: {name: interval(b[name] - a[name]) for name in a if name in b}
-        | {"first": {name: interval(values) for name, values in a.items()}}
-        | {"second": {name: interval(values) for name, values in b.items()}, "problems": count}
-        for source, ((a, b), count) in pairs.items()
-    }
+    if len(parts) > 1:
+        counts[AVERAGE] = sum(counts.values())
+        parts[AVERAGE] = tuple(average(column) for column in zip(*parts.values(), strict=True))
+    result = {}
+    for source, columns in parts.items():
+        a, b, change = ({name: interval(values) for name, values in part.items()} for part in columns)
+        result[source] = {**change, "first": a, "second": b, "problems": counts[source]}
+    return result
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -298,22 +290,31 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def results_tables(summary: Summary) -> str:
-    """Two tables with a row for each source and their average: answers, and code and cost."""
-    rows = [*summary.get("sources", {}).items(), (AVERAGE if "sources" in summary else "all", summary)]
-    rows = rows if len(rows) > 1 else [("problems", summary)]
-    answers = ["problems", "accuracy", *(name for name in summary if name.startswith(("pass@", "maj@", "bon@")))]
+def results_tables(name: str, summary: Summary) -> str:
+    """Two tables of a run: answers, and code and cost. Rows are the sources and their average, or just `name`."""
+    rows = [*summary["sources"].items(), (AVERAGE, summary)] if len(summary["sources"]) > 1 else [(name, summary)]
+    answers = ["problems", "accuracy", *(metric for metric in summary if "@" in metric)]
     return "\n\n".join(table(rows, c) for c in (answers, (*CODE_COLUMNS, "truncated", "tokens", "discarded")))
 
 
+def accuracy_table(rows: Sequence[tuple[str, Summary]]) -> str:
+    """Accuracy in the layout of the paper's tables: a row for each run, a column for each source and their average."""
+    sources = list(dict.fromkeys(source for _, summary in rows for source in summary["sources"]))
+    lines = [["accuracy %", *sources, AVERAGE]]
+    for name, summary in rows:
+        parts = [*(summary["sources"].get(source, {}) for source in sources), summary]
+        lines.append([name, *(cell(part.get("accuracy"), "accuracy") for part in parts)])
+    return markdown(lines)
+
+
 def comparison_table(differences: dict[str, Summary], first: str, second: str) -> str:
-    """A table with a row for each metric of each source: both runs, and the paired difference."""
+    """Both runs and their paired difference: the accuracy of each source, and all metrics of the average."""
+    *_, last = differences
     lines = [["", "problems", "metric", first, second, "difference"]]
     for source, summary in differences.items():
         for metric in summary["first"]:
-            if metric in summary["second"]:
+            if metric in summary["second"] and (metric == "accuracy" or source == last):
                 values = cell(summary["first"][metric], metric), cell(summary["second"][metric], metric)
-                lines.append(
-                    [source, str(summary["problems"]), title(metric), *values, cell(summary[metric], metric, True)]
-                )
+                change = cell(summary[metric], metric, difference=True)
+                lines.append([source, str(summary["problems"]), title(metric), *values, change])
     return markdown(lines)
