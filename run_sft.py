@@ -15,7 +15,6 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -41,7 +40,7 @@ from thor.settings import (
 from thor.tirgen.draft import to_ledger
 from thor.training.model import load_model, sampling_copy, save_model
 from thor.training.scoring import Scores
-from thor.training.trainer import LR_SCHEDULE_HELP, Batch, Sample, Trainer, TrainSettings
+from thor.training.trainer import Batch, Sample, Trainer, TrainSettings
 from thor.training.validation import Validation, load_validation
 from thor.trajectory import Problem, Trajectory
 
@@ -57,7 +56,6 @@ class Settings(TrainSettings):
     epochs: int = setting(3, "passes over the data (paper: 3)", "optimisation", min=1)
     batch: int = by_model(16, 128, "trajectories per optimizer step (paper: 128)", "optimisation", min=1)
     lr: float = by_model(1e-4, 2e-6, "peak learning rate (paper: 2e-6)", "optimisation")
-    lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", LR_SCHEDULE_HELP, "optimisation")
     warmup: float = setting(0.05, "share of the steps in which lr rises from 0 (paper: 0.05)", "optimisation", min=0)
     eval_every: int = setting(0, "steps between validations; 0: only first and last", "validation", min=0)
     max_tokens: int = by_model(144, 4096, "maximum response length in validation, in tokens", "validation", min=1)

@@ -26,7 +26,6 @@ SETTINGS = Settings(
     prompts=4,
     group=8,
     lr=1.5e-3,
-    lr_schedule="constant",
     min_tokens=2,
     max_tokens=150,
     max_rounds=1,

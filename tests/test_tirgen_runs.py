@@ -312,8 +312,8 @@ def test_a_preview_has_colours_in_a_terminal(monkeypatch):
     terminal, plain = Terminal(), io.StringIO()
     report.preview([draft], terminal)
     report.preview([draft], plain)
-    assert report.COLOURS["code"] + "```python" in terminal.getvalue()
-    assert report.COLOURS["output"] + "```output" in terminal.getvalue() and "\033" not in plain.getvalue()
+    assert "\033[36m```python" in terminal.getvalue() and "\033[32m```output" in terminal.getvalue()
+    assert "\033" not in plain.getvalue()
 
 
 def test_the_libraries_that_code_imports():

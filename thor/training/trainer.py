@@ -28,7 +28,6 @@ from thor.trajectory import Trajectory
 
 MAX_SKIPPED = 3  # a run stops after this many consecutive skipped optimizer steps
 CHECKPOINTS = "checkpoints"
-LR_SCHEDULE_HELP = "learning rate after the warm-up; 'linear' and 'cosine' decay to 0"
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,9 @@ class TrainSettings:
 
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
     lr: float = setting(1e-5, "peak learning rate", "optimisation")
-    lr_schedule: Literal["constant", "linear", "cosine"] = setting("linear", LR_SCHEDULE_HELP, "optimisation")
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "learning rate after the warm-up; 'linear' and 'cosine' decay to 0", "optimisation"
+    )
     warmup: float = setting(0.0, "share of the run in which the learning rate rises from 0", "optimisation", min=0)
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient", "optimisation", min=0)
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", "optimisation", min=0)
