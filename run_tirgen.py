@@ -218,6 +218,9 @@ class ActorCritic:
         reply, told, fault = "", "", ""
         if is_own and not draft.has_prose(rewrite.logic):  # the critic has to say what the block computes
             fault = "no_reasoning"
+            if not self.critic_role.adds_reasoning:
+                draft.dropped = "empty_thought"
+                return None
         for attempt in range(self.settings.code_tries):
             if attempt or not rewrite.code:
                 rewrites, fault, reply = yield from self.ask_critic(draft, [replaced], told)

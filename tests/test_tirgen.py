@@ -213,6 +213,12 @@ def test_a_block_of_the_actor_without_prose_gets_its_reasoning_from_the_critic()
     assert first_fault(draft, FilterSettings()) == ("", "")
 
 
+def test_a_few_shot_critic_is_not_asked_for_the_reasoning_of_a_block(tokenizer):
+    draft, engine = build(tokenizer, ["```python\nprint(2 + 2)\n```", "So it is \\boxed{4}."], [BLOCK])
+    assert draft.dropped == "empty_thought" and draft.codes == [] and len(engine.requests) == 1
+    assert first_fault(draft, FilterSettings()) == ("correct, code passed", "empty_thought")
+
+
 def test_the_line_before_a_block_of_the_actor_is_not_replaced_by_code_too():
     own = "First, look at it.\nAdd the numbers.\n```python\nprint(2 + 2)\n```"
     draft, engine = build(chat_tokenizer(), [own, "\\boxed{4}"], ["none"], "chat")

@@ -28,7 +28,9 @@ class Draft:
     codes: list[str] = field(default_factory=list)
     statuses: list[str] = field(default_factory=list)  # execution status of each entry of `codes`
     finished: bool = False  # the actor ended it
-    dropped: str = ""  # why it was given up: 'code_failed' | 'block_too_long' | 'claimed_output' | 'too_long' | 'infra'
+    # why it was given up: 'code_failed' | 'block_too_long' | 'claimed_output' | 'empty_step' | 'empty_thought' |
+    # 'too_long' | 'infra'
+    dropped: str = ""
     correct: bool = False  # finished, and the answer is verified
     rejected: Counter[str] = field(default_factory=Counter)  # replies of the critic that broke its contract, by reason
     errors: Counter[str] = field(default_factory=Counter)  # runs of code that failed, by type of error

@@ -179,9 +179,12 @@ def encode_segments(tokenizer, segments: list[tuple[str, bool]], opened: str = "
 
 
 class FewShotCritic:
-    """Continues demonstrations of rewrites. A step is one part. Feedback is ignored: the next try has another seed."""
+    """Continues demonstrations of rewrites. A step is one part. Feedback is ignored: the next try has another seed.
 
-    thinks = False
+    adds_reasoning: whether it can say what a block without prose computes.
+    """
+
+    thinks = adds_reasoning = False
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -204,6 +207,8 @@ class ChatCritic:
 
     thinks: the rendered prompt opens a thought.
     """
+
+    adds_reasoning = True
 
     def __init__(self, tokenizer, prompt: Prompt) -> None:
         self.tokenizer, self._template = tokenizer, prompt.user
