@@ -24,7 +24,6 @@ from tqdm import tqdm
 from thor.data import load_problems
 from thor.demo import DEMO_MODEL, nearest_demonstrations
 from thor.engines import Engine, Request, ServerError, is_reproducible, load_engine
-from thor.prompts import tir_step
 from thor.rollout import Ask, Sampling, Task, drive
 from thor.run_folder import Run
 from thor.sandbox import Executor
@@ -164,11 +163,11 @@ class ActorCritic:
 
         If an output differs from what the actor had worked out, the rest of the step builds on that, and is left out.
         """
-        prose, own = step.prose, ""
-        if step.code is not None:  # the last line introduces the actor's block
-            cut = prose.rstrip().rfind("\n") + 1
-            prose, own = prose[:cut], prose[cut:]
-        start, end = thought_span(draft.policy_text, prose)
+        start, end = thought_span(draft.policy_text, step.prose)
+        cut = len(step.prose)
+        if step.code is not None and end == cut:  # the last line introduces the actor's block
+            cut = end = max(start, step.prose.rstrip().rfind("\n") + 1)
+        prose, own = step.prose[:cut], step.prose[cut:]
         draft.append(prose[:start])
         parts, at = self.critic_role.split(prose[start:end]), 0
         for rewrite in (yield from self.judge(draft, parts)):
@@ -185,8 +184,8 @@ class ActorCritic:
                 return  # the actor continues from the output
         draft.append("".join(parts[at:]) + prose[end:])
         if step.code is not None:
-            block = Rewrite(0, 0, own, step.code)
-            yield from self.rewrite(draft, block, tir_step(own.rstrip(), step.code.rstrip()).lstrip("\n"), is_own=True)
+            block = f"{own}```python\n{step.code.rstrip()}\n```\n"
+            yield from self.rewrite(draft, Rewrite(0, 0, own, step.code), block, is_own=True)
         elif step.ended and not draft.dropped:
             draft.finished = True
 
@@ -314,7 +313,7 @@ def list_tries(problems: list[Problem], settings: Settings) -> Iterator[tuple[st
 
 def grade(draft: Draft) -> None:
     """Verify the answer of a draft."""
-    answer = None if draft.dropped else draft.answer
+    answer = draft.answer if draft.finished and not draft.dropped else None
     draft.correct = answer is not None and verify(answer, draft.problem.answer)
 
 

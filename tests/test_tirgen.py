@@ -346,6 +346,39 @@ def test_the_thought_is_one_token_where_the_tokenizer_has_it():
     assert last.token_ids.count(tokenizer.convert_tokens_to_ids("<think>")) == 1 and "<think>" in draft.text
 
 
+BAD = "```python\nprint(bad)\n```"
+
+
+@pytest.mark.parametrize(
+    ("first", "reply", "text"),
+    [
+        (f"<think>Add.\n{BAD}", BLOCK, f"<think>{BLOCK}\n"),
+        (f"<think>\n{BLOCK[BLOCK.index('`') :]}", BLOCK, f"<think>\n{BLOCK}\n"),
+        (f"<think>Hm.\nAdd.\n{BAD}", BLOCK, f"<think>Hm.\n{BLOCK}\n"),
+        (f"<think>Add.\n{BAD}", "none", "<think>"),
+        (f"<think>Hm.\nDone.</think>\n{BAD}", "none", "<think>Hm.\nDone.</think>\n"),
+    ],
+)
+def test_the_tags_of_the_thought_survive_the_rewrite_of_a_block(first, reply, text):
+    rest = "Good, that is all.\n</think>\nThe answer is \\boxed{4}."
+    replies = ["none", reply, "none"] if "Hm" in first else [reply, "none"]
+    draft, _ = build(chat_tokenizer(), [first, rest], replies, "chat")
+    assert draft.segments[0][0].startswith(text) and draft.policy_text.startswith("<think>") and draft.finished
+    assert first_fault(draft, FilterSettings())[1] == ("thought" if "Done" in first else "")
+
+
+def test_an_indented_block_of_the_actor_is_learned_as_it_ran():
+    own = "1. Add them:\n   ```python\n   print(2 +\n     2)\n   ```"
+    draft, _ = build(chat_tokenizer(), [own, "So it is \\boxed{4}."], ["none"], "chat")
+    assert draft.segments[0][0] == "1. Add them:\n```python\nprint(2 +\n  2)\n```\n"
+    assert draft.codes == ["print(2 +\n  2)\n"] and first_fault(draft, FilterSettings()) == ("", "")
+
+
+def test_a_draft_that_a_limit_ends_is_not_correct():
+    draft, _ = build(chat_tokenizer(), ["So \\boxed{4}.\n" * 9], ["none"], "chat", step_tokens=60, max_steps=2)
+    assert draft.answer == "4" and not draft.finished and not draft.correct
+
+
 def test_thinking_of_the_critic_is_switched_off():
     _, engine = build(chat_tokenizer(OPENS), [THOUGHT.removeprefix("<think>\n")], [SPAN], "chat")
     assert asked(engine, "critic")[0].endswith("assistant\n<think>\n\n</think>\n\n")

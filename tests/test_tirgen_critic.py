@@ -88,14 +88,23 @@ def test_only_the_thought_is_judged_if_there_is_one(before, text, inside):
 
 
 @pytest.mark.parametrize(
-    "reply", ["none", " None.", "**none**", "`none`", "none\n", "None. It only restates.", "NONE - no"]
+    "reply",
+    [
+        *("none", " None.", "**none**", "`none`", "none\n", "None. It only restates.", "NONE - no", "[none]"),
+        *("None needed.", "none is required", "No code is needed.", "No Python code needed: it restates."),
+        *("Answer: none", "**Answer:** none.", "The answer is none.", "There is none."),
+    ],
 )
 def test_none_is_recognised(reply):
     assert says_none(reply)
 
 
 @pytest.mark.parametrize(
-    "reply", ["", "nonesuch", "Add none", "None of this needs care", f"None is easy, but:\n{BLOCK}", f"none, {BLOCK}"]
+    "reply",
+    [
+        *("", "nonesuch", "Add none", "None of this needs care", f"None is easy, but:\n{BLOCK}", f"none, {BLOCK}"),
+        *(f"No code is needed to see it, but:\n{BLOCK}", f"No code needed.\n{BLOCK}", "The answer is nonzero."),
+    ],
 )
 def test_other_replies_are_not_none(reply):
     assert not says_none(reply)

@@ -72,6 +72,7 @@ def test_stage_1_keeps_correct_drafts_whose_code_passed(changes, reason):
         ("<think>The box will be \\boxed{4}.</think> So it is \\boxed{4}", ""),
         ("<think>hm hm hm</think> so it is \\boxed{4}", ""),
         ("<think>hm hm hm, so it is \\boxed{4}", "thought"),
+        ("hm hm hm</think> so it is \\boxed{4}", "thought"),  # its start is lost
         ("hm</think> and <think> so it is \\boxed{4}", "thought"),
         ("<think>a</think> <think>b</think> so it is \\boxed{4}", "thought"),
         ("<think>a</think>\n```python\nprint(4)\n```\n\\boxed{4}", "code_after_thought"),
@@ -155,6 +156,13 @@ def test_formulas_and_variables_are_no_language(prose, one):
 )
 def test_only_blocks_that_ran_are_kept(segments, reason):
     assert block_fault(segments) == reason
+
+
+def test_the_blocks_that_are_learned_are_those_that_ran():
+    whole = draft(codes=[CODE, CODE])
+    assert format_fault(whole, SETTINGS) == ""
+    whole.codes[1] = "print(3 + 1)\n"
+    assert format_fault(whole, SETTINGS) == "other_code"
 
 
 PIECES = [

@@ -63,10 +63,10 @@ def skip_thought(reply: str, opened: bool = False) -> str | None:
 
 
 def says_none(reply: str) -> bool:
-    """Whether the critic decided that code cannot help: "none", perhaps with a remark behind it, and no block."""
+    """Whether the critic decided that code cannot help: "none" or the like, with any remark behind it, and no block."""
     if first_block(reply).closed:
         return bool(NONE_LINE.match(reply))
-    return bool(re.match(r"\W*none\b\W*?([.,:;!(\n—–-]|$)", reply.strip(), re.IGNORECASE))
+    return bool(NONE.match(reply.strip()))
 
 
 def first_block(text: str) -> FenceParser:
@@ -96,6 +96,13 @@ class CriticStop:
         return bool(NONE_LINE.match(self.reply.text)) or (self.one_block and closed)
 
 
+NONE = re.compile(
+    r"\W*(?:(?:the\s+)?answer(?:\s+is)?\W+|there\s+(?:is|are)\s+)?"
+    r"(?:none(?:\s+(?:is\s+|are\s+)?(?:needed|required|necessary))?"
+    r"|no\s+(?:\w+\s+)?(?:code|python|program|computation)(?:\s+is)?\s+(?:needed|required|necessary))"
+    r"\b\W*?(?:[.,:;!(\n—–-]|$)",
+    re.IGNORECASE,
+)
 NONE_LINE = re.compile(r"\W*none\W*\n", re.IGNORECASE)
 
 

@@ -55,14 +55,17 @@ def format_fault(draft: Draft, settings: FilterSettings) -> str:
     opened, closed = own.count(THINK), own.count(END_THINK)
     faults = {
         "unfinished": not draft.finished,
-        "thought": opened > closed or closed > 1 or own.find(THINK) > own.find(END_THINK),
+        "thought": not opened == closed <= 1 or own.find(THINK) > own.find(END_THINK),
         "code_after_thought": "```" in own.partition(END_THINK)[2],
         "math": not has_balanced_math(prose),
         "language": not has_one_language(prose),
         "short": len(draft.text) < settings.min_chars,
         "long": len(draft.text) > settings.max_chars,
     }
-    return next((reason for reason, fault in faults.items() if fault), "") or block_fault(draft.segments)
+    reason = next((reason for reason, fault in faults.items() if fault), "") or block_fault(draft.segments)
+    shown = [first_block(text).code for text, own in draft.segments if own]
+    ran = [code.rstrip() for code in draft.codes]
+    return reason or ("" if [code.rstrip() for code in shown if code is not None] == ran else "other_code")
 
 
 def block_fault(segments: list[tuple[str, bool]]) -> str:

@@ -89,7 +89,9 @@ def read_step(draft: Draft, text: str, ended: bool) -> Step:
     Text that the length limit cut off ends at its last newline. An output that the actor claims is cut off.
     """
     block = first_block(text)
-    prose, code = (text[: block.open_at], block.code) if block.open_at >= 0 else (text, None)
+    prose, code = text, block.code
+    if block.open_at >= 0:
+        prose = text[: block.open_at].rstrip(" \t")  # without the indentation of the block
     claimed = CLAIMED_OUTPUT.search(prose)
     if claimed:
         prose, code, fault = prose[: claimed.start()], None, "claimed_output"
