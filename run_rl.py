@@ -227,7 +227,8 @@ def hierarchical_loss(batch: Batch, scores: Scores, settings: Settings) -> tuple
     gap = (logp_old - batch.logp_sampler).masked_fill(unknown, 0.0)
     weight = torch.exp(gap)
     if settings.is_level == "sequence":
-        weight = torch.cat([torch.exp(part.sum()).expand(len(part)) for part in gap.split(batch.lengths)])
+        products = (torch.exp(part.sum()).expand(len(part)) for part in gap.split(batch.lengths))
+        weight = torch.cat([gap[:0], *products])  # a rank may have no samples
     token_loss = token_loss * weight.clamp(max=settings.is_cap)
     info = {}
     if settings.kl_coef:
@@ -312,8 +313,7 @@ def sample_trajectories(engine, executor, queue: ProblemQueue, iteration: int, s
         mine = [g for g, p in enumerate(drawn) if (counts["draws"] + ids.index(p.id)) % world_size() == rank()]
         repeated = [drawn[g] for g in mine for _ in range(settings.group)]
         options = {"stop_on_failure": settings.failed_code == "drop", "deterministic": is_reproducible(engine)}
-        options["prompt"] = prompt
-        sampled = solve(engine, executor, repeated, sampling, done=done, **options)
+        sampled = solve(engine, executor, repeated, sampling, prompt=prompt, done=done, **options)
         new, groups, group_counts = samples_of(mine, sampled, "trajectory", reject, settings)
         samples += new
         everything += [trajectory for group in groups for trajectory in group]

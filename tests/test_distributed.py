@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_learning import BAD, GOOD, RIGHT, WRONG, cold_start
-from test_trainer import read_metrics
+from test_trainer import read_log, read_metrics
 
 from thor.training.model import save_model
 
@@ -74,12 +74,23 @@ def work(tmp_path_factory) -> Path:
 RL = ["--data", "data.jsonl", "--model", "model", "--device", "cpu", "--evaluate", "False", "--prompts", "3"]
 RL += ["--group", "4", "--max_tokens", "150", "--max_rounds", "1", "--min_tokens", "2", "--iterations", "3"]
 RL += ["--lr", "1e-3", "--max_tokens_per_micro_batch", "60", "--save_every", "1"]
+VALIDATE = ["--evaluate", "True", "--eval_data", "data.jsonl", "--eval_samples", "2", "--eval_every", "2"]
+VALIDATE += ["--max_tokens", "150"]
+
+
+def assert_same_validations(work: Path, one: str, other: str, steps: list[int]) -> None:
+    """Also that each of the 7 problems has two rewards, and that not all are equal."""
+    expected = read_log(work / one / "validation.jsonl")
+    assert read_log(work / other / "validation.jsonl") == expected
+    assert [record["step"] for record in expected] == steps
+    rewards = [rewards for record in expected for rewards in record["rewards"]]
+    assert [len(pair) for pair in rewards] == [2] * 7 * len(steps) and {r for pair in rewards for r in pair} == {0, 1}
 
 
 @pytest.fixture(scope="module")
 def one_rank(work) -> list[dict]:
-    """Metrics of an RL run in a single process."""
-    done = torchrun(1, RUN_RL, *RL, "--out", "rl1", cwd=work)
+    """Metrics of an RL run in a single process. Validation does not change them."""
+    done = torchrun(1, RUN_RL, *RL, *VALIDATE, "--out", "rl1", cwd=work)
     assert done.returncode == 0, done.stderr[-3000:]
     return read_metrics(work / "rl1")
 
@@ -131,7 +142,8 @@ start_ranks("cpu", 60.0)
 found = {}
 six = samples()
 for name, batch in {"both": six, "trajectories": six[:3], "one step": six[3:4], "all masked": six[5:]}.items():
-    settings = Settings(max_tokens_per_micro_batch={1: 1000, 2: 9, 3: 1000}[ranks])
+    level = "sequence" if name == "one step" else "token"  # then other ranks have no sample
+    settings = Settings(max_tokens_per_micro_batch={1: 1000, 2: 9, 3: 1000}[ranks], is_level=level)
     record(name, trainer(settings), batch, partial(hierarchical_loss, settings=settings))
 for seed in range(8):  # random samples, and a random budget that depends on the number of ranks
     batch, budget = random_batch(random.Random(seed)), random.Random(f"{seed} on {ranks}").randint(1, 60)
@@ -225,10 +237,12 @@ def test_scoring_leaves_no_parameter_gathered(work):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_rl_on_several_ranks_gives_the_metrics_of_one_process(work, one_rank, ranks):
-    done = torchrun(ranks, RUN_RL, *RL, "--out", f"rl{ranks}", cwd=work)
+    done = torchrun(ranks, RUN_RL, *RL, *VALIDATE, "--out", f"rl{ranks}", cwd=work)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_metrics(read_metrics(work / f"rl{ranks}"), one_rank)
-    assert done.stdout.count("iteration 0: reward") == 1  # only rank 0 prints
+    assert_same_validations(work, "rl1", f"rl{ranks}", [0, 2, 3])
+    # only rank 0 prints
+    assert done.stdout.count("iteration 0: reward") == done.stdout.count("last model:") == 1
     many, one = (load_file(work / name / "final/model.safetensors") for name in (f"rl{ranks}", "rl1"))
     assert many.keys() == one.keys()
     for name in one:
@@ -256,11 +270,13 @@ def test_ppo_with_several_updates_on_two_ranks_gives_the_metrics_of_one_process(
 
 
 def test_sft_on_two_ranks_gives_the_metrics_of_one_process(work):
-    flags = ["--data", "tir.jsonl", "--model", "model", "--device", "cpu", "--evaluate", "False", "--batch", "2"]
+    flags = ["--data", "tir.jsonl", "--model", "model", "--device", "cpu", *VALIDATE, "--batch", "2"]
+    flags += ["--eval_every", "0", "--max_rounds", "1"]
     for ranks in (1, 2):
         done = torchrun(ranks, RUN_SFT, *flags, "--out", f"sft{ranks}", cwd=work)
         assert done.returncode == 0, done.stderr[-3000:]
     assert_same_metrics(read_metrics(work / "sft2"), read_metrics(work / "sft1"))
+    assert_same_validations(work, "sft1", "sft2", [0, 9])
     assert len(read_metrics(work / "sft1")) == 9
 
 

@@ -266,6 +266,13 @@ def test_sequence_weight_is_the_capped_product_of_the_token_weights():
     assert loss.item() == pytest.approx((1.5 + 1.5 + 0.25 + 2 + 2) / 5, abs=1e-6)
 
 
+def test_sequence_weight_of_a_rank_without_samples():
+    none = torch.empty(0)
+    batch = replace(batch_of(none, none, none, none.bool(), Counts(5, 0, 0)), lengths=[])
+    loss, _ = hierarchical_loss(batch, Scores(none, none), Settings(is_level="sequence"))
+    assert loss.item() == 0
+
+
 def test_mismatch_kl_stays_finite_for_log_probs_that_are_far_apart():
     logp, sampler = torch.tensor([-1000.0, -1.0]), torch.tensor([-1.0, -1000.0])
     batch = batch_of(logp, sampler, torch.ones(2), torch.zeros(2, dtype=torch.bool), Counts(2, 0, 2))

@@ -31,6 +31,7 @@ from thor.rollout import Sampling, solve
 from thor.run_folder import LOGS, Run
 from thor.settings import UserError, parse_settings
 from thor.training import trainer as trainer_module
+from thor.training import validation as validation_module
 from thor.training.model import add_value_head, load_model, save_model
 from thor.training.problems import ProblemQueue, pass_rates
 from thor.training.trainer import Counts, Sample, Trainer, lr_factor
@@ -115,12 +116,14 @@ def test_metrics_of_rl_are_documented_and_documented_ones_are_written(tmp_path, 
     assert {"step", "rejected_*", "groups_thin", "step_groups_*", "seconds_steps", "loss_value"} < names
     for estimator, missing in (("grpo", {"loss_value"}), ("ppo", set())):
         settings = replace(SETTINGS, iterations=1, estimator=estimator, kl_coef=0.1, entropy_coef=0.01)
+        settings = replace(settings, log_trajectories=5)
         run = Run(str(tmp_path / estimator), settings, resume=False)
         run.start()
         model, tokenizer, engine = cold_start([GOOD, BAD], [RIGHT, WRONG])
         train(model, tokenizer, engine, executor, PROBLEMS, run, settings)
         [line] = run.read("metrics.jsonl")
         assert_documented(set(line), names - missing)
+        assert len(run.read("trajectories.jsonl")) == 5
 
 
 def test_metrics_of_sft_are_documented_and_documented_ones_are_written(tmp_path, tokenizer):
@@ -306,6 +309,7 @@ def test_validation_keeps_the_curve_and_the_best_model(run, executor):
     validate = Validation(run, settings, sources, engine, executor, Sampling(max_tokens=20), Prompt())
     trainer = Trainer(model, run, settings, validate=validate)
     for step in trainer.iterations(3, "test", "iteration"):
+        assert (run / "best").exists() == (step > 0)  # never the initial model
         run.log(step, {})
         with torch.no_grad():
             next(model.parameters()).fill_(step)
@@ -319,6 +323,37 @@ def test_validation_keeps_the_curve_and_the_best_model(run, executor):
     report = validate.report()
     # a: 1 right before, 2 after, of the same 4 problems
     assert f"best model: {run / 'best'}" in report and "a, step 0" in report and "change +25.0% [" in report
+
+
+def test_validation_uses_the_limits_of_the_run_and_equal_seeds_each_time(run, executor):
+    tokenizer = byte_tokenizer((RIGHT, WRONG, GOOD))
+    engine = ScriptedEngine(tokenizer, lambda request, turn: GOOD if turn < 2 else RIGHT)
+    settings, sampling = replace(SETTINGS, eval_samples=3, eval_temperature=0.7), Sampling(max_tokens=99, max_rounds=1)
+    validate = Validation(run, settings, {"a": PROBLEMS[:2]}, engine, executor, sampling, PROMPTS["tool-base"])
+    prompt, seeds = PROMPTS["tool-base"].render(tokenizer, "q"), []
+    for step in (0, 1):
+        engine.requests.clear()
+        engine.turns.clear()
+        validate(tiny_llama(tokenizer), step, {})
+        first = [request for request in engine.requests if request.max_tokens == 99]
+        assert sorted(request.id for request in first) == [f"{p}#{i}" for p in (0, 1) for i in range(3)]
+        assert {request.temperature for request in engine.requests} == {0.7}
+        assert all(request.token_ids[: len(prompt)] == prompt for request in engine.requests)
+        assert {len([r for r in engine.requests if r.id == request.id]) for request in first} == {3}  # one more round
+        seeds.append({(request.id, request.max_tokens): request.seed for request in engine.requests})
+    assert seeds[0] == seeds[1] and len(set(seeds[0].values())) == 18
+    assert [[len(rewards) for rewards in r["rewards"]] for r in run.read("validation.jsonl")] == [[3, 3]] * 2
+
+
+def test_report_needs_two_validations_and_rank_0(run, executor, monkeypatch):
+    """A run that began with --evaluate False is validated once, and other nodes may not see the run folder."""
+    settings, last = replace(SETTINGS, eval_every=2), f"last model: {run / 'final'}"
+    validate = Validation(run, settings, {"a": PROBLEMS}, None, executor, Sampling(), Prompt())
+    assert validate.report() == last
+    run.append("validation.jsonl", {"step": 4, "data": "a", "rewards": []})
+    assert validate.report() == f"{last}\nbest model: the initial one"
+    monkeypatch.setattr(validation_module, "rank", lambda: 1)
+    assert validate.report() == ""
 
 
 def test_validation_sources_are_loaded_and_default_to_those_of_the_demo(tmp_path):
@@ -396,7 +431,27 @@ def test_gradient_norms_of_the_levels_are_those_of_each_level_alone(tokenizer):
     for level, one in alone.items():
         assert one == {"grad_norm": pytest.approx(one[f"grad_norm_{level}"]), f"grad_norm_{level}": one["grad_norm"]}
         assert both[f"grad_norm_{level}"] == pytest.approx(one["grad_norm"], rel=1e-5)
-    assert abs(both["grad_norm_trajectory"] - both["grad_norm_step"]) < both["grad_norm"]
+
+
+@pytest.mark.parametrize("level", ["trajectory", "step"])
+def test_gradient_of_a_parameter_that_only_one_level_uses(tokenizer, level):
+    """Like an expert that no token of the other level chose. Here it is the value head."""
+
+    def loss(batch, scores):
+        used = batch.is_step.any() == (level == "step")
+        return -scores.logp.sum() + (scores.value.sum() if used else 0), {}
+
+    def update(levels: list[str]) -> torch.Tensor:
+        quiet = replace(SETTINGS, clip=1e9, report_to="none")
+        model = tiny_llama(tokenizer)
+        add_value_head(model)
+        trainer = Trainer(model, Run("never written", quiet, resume=True), quiet, value_lr=1.0)
+        trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        trainer.step([Sample(ledger([1], [5, 6, 7]), level=level) for level in levels], loss)
+        return model.value_head.weight.detach()
+
+    both = update(["trajectory", "step"])
+    assert both.any() and torch.allclose(both, update([level]))
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------

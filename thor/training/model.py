@@ -154,8 +154,10 @@ def _copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return copy.deepcopy(model, copied)
 
 
-def shard(model: PreTrainedModel) -> None:
+def shard(model: PreTrainedModel, kind: str) -> None:
     """Shard parameters, gradients and optimizer state over the ranks (FSDP2), if there is a process group.
+
+    kind: type of the ranks' devices, 'cpu' or 'cuda'. Parameters that are elsewhere move there layer by layer.
 
     On GPUs a layer computes in bfloat16, while its parameters and the reduced gradients stay in float32. Layers are
     gathered one at a time; embeddings, head and value head stay gathered from the forward to the backward pass.
@@ -163,7 +165,6 @@ def shard(model: PreTrainedModel) -> None:
     """
     if not dist.is_initialized():
         return
-    kind = model.device.type
     mesh = dist.init_device_mesh(kind, (world_size(),))
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "mp_policy": bf16 if kind == "cuda" else MixedPrecisionPolicy()}

@@ -198,8 +198,9 @@ class Trainer:
         self.temperature, self.reference = temperature, reference
         if settings.gradient_checkpointing:
             checkpoint_gradients(model)
+        kind = next(model.parameters()).device.type  # of the policy, because the reference is still on the CPU
         for sharded in (model, reference) if reference else (model,):
-            shard(sharded)
+            shard(sharded, kind)
         head = [p for name, p in model.named_parameters() if name.startswith("value_head.")]
         body = [p for name, p in model.named_parameters() if not name.startswith("value_head.")]
         groups = [{"params": body}, *([{"params": head, "lr": value_lr}] if head else [])]
@@ -269,7 +270,8 @@ class Trainer:
                 before = [parameter.grad for parameter in parameters]
                 self.optimizer.zero_grad(set_to_none=True)
         for parameter, gradient in zip(parameters, before or [], strict=False):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            if gradient is not None:  # as for an expert that no token of a level chose
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         metrics = all_reduce_sum(sums)
         norm = _norm(parameters) if len(norms) > 1 else sum(norms.values())
         torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, torch.tensor(norm))

@@ -85,12 +85,21 @@ class Validation:
         self.engine.sleep()
 
     def report(self) -> str:
-        """Where the models are; for each source its table before and after training, and the paired difference."""
+        """Where the models are; for each source the table of its first and last validation, and the paired difference.
+
+        A source that was validated only once has no table. Empty on other ranks than 0, which may not see the run.
+        """
+        if rank():
+            return ""
         lines, records = [f"last model: {self.run / 'final'}"], self.run.read("validation.jsonl")
-        if (self.run / "best").exists():
-            lines.append(f"best model: {self.run / 'best'}")
+        best = self.run / "best"
+        if records and self.settings.eval_every:
+            lines.append(f"best model: {best if best.exists() else 'the initial one'}")
         for name in self.sources:
-            first, *_, last = (record for record in records if record["data"] == name)
+            found = [record for record in records if record["data"] == name]
+            if len(found) < 2:  # the run began with --evaluate False
+                continue
+            first, last = found[0], found[-1]
             rows = [(f"{name}, step {record['step']}", record) for record in (first, last)]
             # the same problems in the same order: differences within problems have far less noise than two means
             change = [
