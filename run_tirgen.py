@@ -174,13 +174,13 @@ class ActorCritic:
             draft.append("".join(parts[at : rewrite.first]))
             at = rewrite.last + 1
             replaced = "".join(parts[rewrite.first : at])
+            known, rest = f"{draft.problem.question}\n{draft.text}", [*parts[at:], prose[end:] + own]
             output = yield from self.rewrite(draft, rewrite, replaced)
             if draft.dropped:
                 return
-            rest = "".join(parts[at:]) + prose[end:] + own
             if output is None:
                 draft.append(replaced)
-            elif not contract.agrees(output, replaced) or not rest.strip():
+            elif not "".join(rest).strip() or not contract.agrees(output, replaced, known + draft.codes[-1], rest):
                 return  # the actor continues from the output
         draft.append("".join(parts[at:]) + prose[end:])
         if step.code is not None:

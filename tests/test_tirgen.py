@@ -283,6 +283,13 @@ def test_text_that_builds_on_another_result_is_cut_and_the_actor_continues():
     assert draft.finished and len(asked(engine, "actor")) == 2
 
 
+def test_text_that_states_the_output_later_is_kept():
+    window = "First compute 17 * 3.\nIt is 51.\nThen 51 - 47 is 4.\nThe answer is \\boxed{4}."
+    reply = "1. [1] Compute 17 * 3.\n```python\nprint(17 * 3)\n```"
+    draft, _ = build(chat_tokenizer(), [window], [reply], "chat")
+    assert draft.finished and draft.text.endswith("51\n```\n" + window.partition("\n")[2]) and draft.correct
+
+
 def test_a_span_whose_code_breaks_the_contract_is_asked_for_again_alone():
     claims = TWO_SPANS.replace("Then add 9 to 51", "Then add 9 to 51, which is 60")
     again = "Then add 9 to 51.\n```python\nprint(51 + 9)\n```"

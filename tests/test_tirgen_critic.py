@@ -143,11 +143,31 @@ def test_where_a_reply_stops(reply, opened, one_block, read):
 
 
 @pytest.mark.parametrize(
-    "header", ["[2-3]", "[2]-[3]", "[2] to [3]", "Parts 2-3:", "**[2-3]**", "2-3:", "Sentences 2 to 3.", "[2–3]"]
+    "header",
+    [
+        *("[2-3]", "[2]-[3]", "[2] to [3]", "Parts 2-3:", "**[2-3]**", "2-3:", "Sentences 2 to 3.", "[2–3]"),
+        *(
+            "1. [2-3]",
+            "- [2, 3]",
+            "[2],[3]",
+            "`[2-3]`",
+            "(2-3)",
+            "**Parts [2]–[3]:**",
+            "### Place 1\n[2-3] -",
+            "[2 and 3]",
+        ),
+    ],
 )
 def test_spans_are_named_in_many_ways(header):
     reply = f"Here you are.\n{header} Add 12 and 3.\n```python\nprint(12 + 3)\n```\n"
     assert parse_rewrites(reply, 4) == ([Rewrite(1, 2, "Add 12 and 3.", "print(12 + 3)\n")], "")
+
+
+@pytest.mark.parametrize(
+    "logic", ["12.5 is half of 25.", "1. Multiply (part 2).", "[2, 5] Add.", "2 - 3 apples", f"[{'9' * 5000}] Add."]
+)
+def test_other_numbers_name_no_span(logic):
+    assert parse_rewrites(f"{logic}\n```python\nprint(12 + 3)\n```\n", 30) == ([], "no_span")
 
 
 def test_spans_are_sorted_and_do_not_overlap():
@@ -170,6 +190,8 @@ def test_one_part_needs_no_number():
 def test_a_judgement_names_parts():
     assert parse_judgement("[2-3], 5", 6) == ([Rewrite(1, 2), Rewrite(4, 4)], "")
     assert parse_judgement("5 and 2 to 3", 6) == ([Rewrite(1, 2), Rewrite(4, 4)], "")
+    assert parse_judgement("Parts 2 and 3 only plan 17 * 3 = 51.\n**Answer:** [5]", 60) == ([Rewrite(4, 4)], "")
+    assert parse_judgement("Part 2 holds 17 * 3 = 51.", 60) == ([], "no_span")
     assert parse_judgement("1", 1) == ([Rewrite(0, 0)], "")
     assert parse_judgement("7", 6) == ([], "no_span") and parse_judgement("yes", 6) == ([], "no_span")
 
@@ -240,6 +262,41 @@ def test_numbers_have_one_spelling():
 )
 def test_an_output_agrees_with_the_text_that_already_has_it(output, replaced, same):
     assert agrees(output, replaced) is same
+
+
+@pytest.mark.parametrize(
+    ("output", "replaced", "same"),
+    [
+        ("-5\n", "so x = 5", False),
+        ("-5\n", "so x = -5", True),
+        ("-5\n", "so $x = −5$", True),
+        ("5\n", "10-5 is 5", True),
+        ("3\n", "Divide 12 by 3 to get 5.", False),
+        ("3\n", "Subtract 3 from 6, which gives 3.", True),  # a known number, but also the result
+        ("7\n", "We add: 7 + 6 = 14.", False),
+        ("7\n", "We get 14 = 7 + 7 = 14.", False),
+        ("0.6666666666666666\n", "which is about 0.667", True),
+        ("0.6666666666666666\n", "which is about 0.66", False),
+        ("51.4\n", "which is 51", False),
+        ("x\n", "The extra box", False),
+    ],
+)
+def test_known_numbers_are_no_results(output, replaced, same):
+    assert agrees(output, replaced, "The numbers 3, 6, 7, 10 and 12.") is same
+
+
+@pytest.mark.parametrize(
+    ("rest", "same"),
+    [
+        (["Good.", "It is 51.", "So 52."], True),
+        (["Good.", "It is 52."], False),
+        (["Good.", "Then 51 + 9 is 60."], True),
+        (["1. Good."], True),  # nothing to contradict
+        ([], True),
+    ],
+)
+def test_the_result_may_stand_behind_the_text_that_code_replaced(rest, same):
+    assert agrees("51\n", "First compute 17 * 3.", "print(17 * 3)", rest) is same
 
 
 def test_types_of_errors():

@@ -155,8 +155,8 @@ CRITIC_USER = """Below are a problem, its solution so far, and the next step of 
 next step where Python can do the work exactly: arithmetic, solving equations, enumeration, or a check.
 If there is none, answer with the single word: none
 Otherwise, write for each such place
-1. its reasoning alone, taken from the step, in one or two sentences: what to compute and why, without any result;
-2. one block that opens with ```python and closes with ```. It must be complete in itself (imports included; nothing \
+- its reasoning alone, taken from the step, in one or two sentences: what to compute and why, without any result;
+- one block that opens with ```python and closes with ```. It must be complete in itself (imports included; nothing \
 carries over from earlier blocks), may use numpy and sympy, and must compute and print the result that the step needs.
 If the step has numbered parts, start the reasoning with the numbers of the parts that it and the block replace, such \
 as [2] or [2-4]. All other parts stay as they are. Do not write the output of a block, and do not continue the solution.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from itertools import pairwise
 
 from thor.text import FenceParser
 from thor.tirgen.draft import END_THINK, THINK
@@ -106,11 +109,36 @@ NONE = re.compile(
 NONE_LINE = re.compile(r"\W*none\W*\n", re.IGNORECASE)
 
 
-SPAN = re.compile(  # "[2-3]", "[2] to [3]", "Parts 2 to 3:", "2-3:", also in bold, at the start of a line
-    r"^[*#>\s]*(?:(?:parts?|sentences?|lines?)\s*\[?|\[|(?=\d+(?:\s*[-–]\s*\d+)?\s*[:.)]))"
-    r"(\d+)\]?(?:\s*(?:-|–|to)\s*\[?(\d+))?[\]:.)*]*\s*",
-    re.IGNORECASE | re.MULTILINE,
-)
+NAME = r"(?:parts?|sentences?|lines?)\s*"
+RANGE = r"(?<!\d)(\d{1,6})(?!\d)(?:\s*(?:-|–|to)\s*(\d{1,6})(?!\d))?"
+BRACKETS = r"\[\s*\d[\d\s,;&–-]*(?:(?:to|and)[\d\s,;&–-]+)*\]"
+MARKS = r"(?:[:.)*`\s]|[–—-]\s)*"  # behind the number
+SPANS = [  # where a span is named, at the start of a line; the first of these that occurs counts
+    re.compile(rf"^(?:[*#>`\t -]|\d+[.)][\t ])*{pattern}{MARKS}", re.IGNORECASE | re.MULTILINE)
+    for pattern in (
+        # "[2-3]", "1. [2], [3]", "Parts [2] to [3]"
+        rf"(?:{NAME})?({BRACKETS}(?:\s*(?:[,;&–-]|to|and)?\s*{BRACKETS})*)",
+        rf"{NAME}({RANGE})(?!\w|\.\d)",  # "Parts 2 to 3:"
+    )
+]
+BARE_SPAN = re.compile(rf"^[*#>`\t -]*\(?({RANGE})\s*[:.)](?!\d){MARKS}", re.MULTILINE)  # "2-3:", "(2)"
+
+
+def read_ranges(text: str) -> list[tuple[int, int]]:
+    """The ranges of parts in a text such as "[2-3], 5 and [7] to [9]", counted from 0."""
+    found = re.findall(RANGE, re.sub(r"[\[\]*`]", " ", text))
+    return [(int(first) - 1, int(last or first) - 1) for first, last in found]
+
+
+def read_span(logic: str, count: int) -> Rewrite | None:
+    """The span that reasoning begins with, and the reasoning behind it; None unless these are neighbouring parts."""
+    patterns = SPANS if re.search(rf"\b{NAME}\[?\d", logic, re.IGNORECASE) else [*SPANS, BARE_SPAN]
+    span = next(filter(None, (pattern.search(logic) for pattern in patterns)), None)
+    ranges = sorted(read_ranges(span[1])) if span else []
+    neighbours = all(b[0] <= a[1] + 1 for a, b in pairwise(ranges))
+    if not ranges or not neighbours or any(not 0 <= first <= last < count for first, last in ranges):
+        return None
+    return Rewrite(ranges[0][0], max(last for _, last in ranges), logic[span.end() :].strip())
 
 
 def parse_rewrites(reply: str, count: int) -> tuple[list[Rewrite], str]:
@@ -122,15 +150,10 @@ def parse_rewrites(reply: str, count: int) -> tuple[list[Rewrite], str]:
     rewrites: list[Rewrite] = []
     while (block := first_block(reply)).closed:
         logic, reply = reply[: block.open_at], reply[block.close_end :]
-        rewrite = Rewrite(0, 0, logic.strip(), block.code)
-        if count > 1:
-            span = SPAN.search(logic)
-            if not span:
-                return rewrites, "no_span"
-            first, last = int(span[1]) - 1, int(span[2] or span[1]) - 1
-            rewrite = Rewrite(first, last, logic[span.end() :].strip(), block.code)
-        if not 0 <= rewrite.first <= rewrite.last < count:
+        rewrite = read_span(logic, count) if count > 1 else Rewrite(0, 0, logic.strip())
+        if rewrite is None:
             return rewrites, "no_span"
+        rewrite = replace(rewrite, code=block.code)
         if all(rewrite.last < other.first or rewrite.first > other.last for other in rewrites):
             rewrites.append(rewrite)
         if count == 1:
@@ -140,10 +163,15 @@ def parse_rewrites(reply: str, count: int) -> tuple[list[Rewrite], str]:
 
 
 def parse_judgement(reply: str, count: int) -> tuple[list[Rewrite], str]:
-    """Read the spans that a judging critic names, such as "2-4, 7": (rewrites without code, "" or what is wrong)."""
+    """Read the spans that a judging critic names, such as "2-4, 7": (rewrites without code, "" or what is wrong).
+
+    Only lines that hold nothing but such names count, because numbers in a remark are no parts.
+    """
+    other = re.compile(r"\b(?:the|answer|parts?|sentences?|lines?|to|and)\b|\*\*|[\d\s\[\](),;:.&`–>#-]", re.IGNORECASE)
+    named = "\n".join(line for line in reply.splitlines() if not other.sub("", line))
     rewrites: list[Rewrite] = []
-    for first, last in re.findall(r"(\d+)(?:\s*(?:-|–|to)\s*\[?(\d+))?", reply):
-        span = Rewrite(int(first) - 1, int(last or first) - 1)
+    for first, last in read_ranges(named):
+        span = Rewrite(first, last)
         taken = any(span.first <= other.last and span.last >= other.first for other in rewrites)
         if 0 <= span.first <= span.last < count and not taken:
             rewrites.append(span)
@@ -214,9 +242,9 @@ def numbers(text: str) -> set[str]:
 
 def claimed_numbers(logic: str) -> set[str]:
     """The numbers in reasoning that may be results: not list markers, nor single digits that nothing calls a result."""
-    text = re.sub(r"^\W*(?:step\s*)?\d+\s*[.):]\s", "", logic, flags=re.IGNORECASE | re.MULTILINE)
+    text = LIST_MARKER.sub("", logic)
     small = {number for number in numbers(text) if len(number) == 1}
-    stated = re.findall(r"(?:=|≈|\bis|\bare|\bgives?|\bget|\bequals?|\bobtain)\s*\W?\s*(\d)(?![\d.,]\d|\d)", text)
+    stated = re.findall(rf"{RESULT}\s{{0,3}}\W?\s{{0,3}}(\d)(?![\d.,]\d|\d)", text)
     return numbers(text) - (small - set(stated))
 
 
@@ -225,15 +253,43 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"[^\W\d_]{3,}", text.lower()))
 
 
-def agrees(output: str, replaced: str) -> bool:
-    """Whether the text that code replaced came to the same result: every number of the output stands in it.
+RESULT = r"(?:=|≈|\bis|\bare|\bgives?|\bgets?|\bequals?|\bobtains?)"  # what announces a result
+SIGNED = rf"(?:(?<![\w)\]}}.])-)?(?>{NUMBER.pattern})"  # a minus behind a number or bracket is an operator
+STATED = re.compile(rf"{RESULT}\s{{0,3}}[^\w\s+-]{{0,3}}\s{{0,3}}({SIGNED})(?!\s{{0,3}}[-+*/^×·÷]\s{{0,3}}[\d(])")
+LIST_MARKER = re.compile(r"^[^\w\n]*(?:step *)?\d+ *[.):]\s", re.IGNORECASE | re.MULTILINE)
 
-    What the actor wrote behind it can then stay. Otherwise that builds on another result.
+
+def values(text: str, pattern: str | re.Pattern = SIGNED) -> list[Decimal]:
+    """The numbers in a text, with their signs."""
+    return [Decimal(number.replace(",", "")) for number in re.findall(pattern, text.replace("−", "-"))]
+
+
+def results(text: str, known: str) -> list[Decimal]:
+    """The numbers that a text works out: those that are not known, and those that it calls a result."""
+    text, given = LIST_MARKER.sub("", text), set(values(known))
+    return [number for number in values(text) if number not in given] + values(text, STATED)
+
+
+def agrees(output: str, replaced: str, known: str = "", rest: Iterable[str] = ()) -> bool:
+    """Whether the text that code replaced came to the same result, so that what the actor wrote behind it can stay.
+
+    If it states no result, the first text of `rest` that does is compared, and without any the answer is yes.
+    known: question, solution before it and code. Its numbers are no results, unless the text calls them so.
     """
-    found = numbers(output)
-    if found:
-        return found <= numbers(replaced)
-    return "".join(output.split()).lower() in "".join(replaced.split()).lower()
+    found = values(output)
+    if not found:
+        word = r"\s*".join(map(re.escape, re.findall(r"\w+|\S", output[:200])))
+        return bool(re.search(rf"(?<!\w){word}(?!\w)", replaced, re.IGNORECASE))
+    for text in (replaced, *rest):
+        if claims := results(text, known):
+            return all(any(_is_rounded(number, claim) for claim in claims) for number in found)
+    return True
+
+
+def _is_rounded(number: Decimal, claim: Decimal) -> bool:
+    """Whether `claim` is the number, perhaps rounded to the decimals of the claim."""
+    decimals = -claim.as_tuple().exponent
+    return number == claim or (decimals > 0 and abs(number - claim) <= Decimal(5).scaleb(-decimals - 1))
 
 
 def error_type(result: ExecResult) -> str:
