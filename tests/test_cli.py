@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import pytest
 
+import run_infer
 import run_rl
 import run_sft
+import run_tirgen
 from run_infer import Printer
 from thor.demo import DEMO_MODEL
 from thor.prompts import PROMPT_FILE, load_prompt
@@ -57,6 +59,7 @@ GOOD_ROW = json.dumps({"question": "2 + 2 = ? é", "answer": "4"})
         ("rl", ["--sampler", "magic"], ["--sampler magic"]),
         ("infer", ["--rows", "0"], ["--rows 0"]),
         ("rl", ["--temperature", "0"], ["--temperature 0"]),
+        ("infer", ["--timeout", "0", "question?"], ["--timeout 0"]),
         ("infer", ["--data", "missing.jsonl"], ["--data", "missing.jsonl"]),
         ("sft", ["--data", "missing.jsonl"], ["--data missing.jsonl", "run_tirgen.py"]),
         ("infer", ["--data", "no_answer.jsonl"], ["--data no_answer.jsonl:2", "answer"]),
@@ -189,6 +192,8 @@ class Demo:
     rows: int = setting(8, "rows of the cache", "memory", min=1)
     mode: Literal["fast", "slow"] = setting("fast", "how to run", "run")
     report_to: str = setting("none", "trackers", "run")
+    share: float | None = setting(None, "a share above 0", "run", above=0, max=1)
+    decay: float = setting(0.9, "a share below 1", "run", min=0, below=1)
 
 
 def test_settings_from_defaults_config_and_flags(tmp_path):
@@ -216,6 +221,15 @@ def test_yaml_name_without_a_value_keeps_the_default(tmp_path):
         (Demo, ["--rows", "2.5"], "--rows 2.5: must be of type int"),
         (run_rl.Settings, ["--rows", "0"], "--rows 0: must be at least 1"),
         (Demo, ["--rows", "-1"], "--rows -1: must be at least 1"),
+        (Demo, ["--lr", "nan"], "--lr nan: must be a finite number"),
+        (Demo, ["--lr", "inf"], "--lr inf: must be a finite number"),
+        (Demo, ["--share", "0"], "--share 0.0: must be above 0"),
+        (Demo, ["--share", "1.5"], "--share 1.5: must be at most 1"),
+        (Demo, ["--decay", "-0.1"], "--decay -0.1: must be at least 0"),
+        (Demo, ["--decay", "1"], "--decay 1.0: must be below 1"),
+        (Demo, ["--decay", "nan"], "--decay nan: must be a finite number"),
+        (run_infer.Settings, ["--timeout", "0"], "--timeout 0.0: must be above 0"),
+        (run_infer.Settings, ["--timeout", "nan"], "--timeout nan: must be a finite number"),
     ],
 )
 def test_invalid_value_exits_with_one_line(capsys, cls, flags, message):
@@ -225,8 +239,43 @@ def test_invalid_value_exits_with_one_line(capsys, cls, flags, message):
     assert capsys.readouterr().err.endswith(f": error: {message}\n")
 
 
-def test_smallest_valid_value_is_accepted():
-    assert parse_settings(Demo, "", ["--rows", "1"]).rows == 1
+def test_bounds_are_valid_values_if_they_are_inclusive():
+    flags = ["--rows", "1", "--share", "1", "--decay", "0"]
+    assert parse_settings(Demo, "", flags) == Demo(rows=1, share=1.0, decay=0.0)
+    assert parse_settings(Demo, "", []).share is None
+
+
+INVALID = {  # values without a meaning, for each numeric setting that has such values
+    "beta1 beta2": (-0.1, 1, 1.5),
+    "warmup gamma gae_lambda clip_low min_substantial code_free_share keep_one_call keep_easy": (-0.1, 1.5),
+    "top_p critic_top_p": (0, -0.1, 1.5),
+    "timeout test_timeout rank_timeout clip is_cap": (0, -1),
+    "dual_clip": (0, 1),
+    "lr value_lr weight_decay step_coef nll_coef kl_coef value_coef value_clip clip_high patience": (-0.1,),
+    "eval_temperature critic_temperature": (-0.1,),
+    "critic_calls": (0, 3),
+    "limit max_rounds suffix_tokens observation_limit self_correct eval_every min_tokens min_chars kv_tokens": (-3,),
+    "top_k critic_top_k log_trajectories plain_tries alignment preview": (-1,),
+    "samples group prompts max_draws max_tokens max_length max_steps step_tokens code_tokens tries code_tries": (0, -1),
+    "epochs batch iterations updates rows memory_mb box_window max_chars save_every keep": (0, -1),
+    "eval_limit eval_samples max_tokens_per_micro_batch": (0, -1),
+}
+UNLIMITED = {"seed", "entropy_coef"}  # their negative values have a meaning
+
+
+@pytest.mark.parametrize("script", [run_tirgen, run_sft, run_rl, run_infer])
+def test_numbers_without_a_meaning_are_refused(script, capsys):
+    kinds = get_type_hints(script.Settings)
+    invalid = {name: values for names, values in INVALID.items() for name in names.split()}
+    invalid["temperature"] = (0, -0.1) if script is run_rl else (-0.1,)  # greedy samples carry no signal in RL
+    for field in fields(script.Settings):
+        if not {int, float} & {kinds[field.name], *get_args(kinds[field.name])} or field.name in UNLIMITED:
+            continue
+        is_float = float in (kinds[field.name], *get_args(kinds[field.name]))
+        for value in (*invalid[field.name], *(("nan", "inf") if is_float else ())):
+            with pytest.raises(SystemExit) as stop:
+                parse_settings(script.Settings, "", [f"--{field.name}={value}"])
+            assert stop.value.code == 2 and f"error: --{field.name} " in capsys.readouterr().err
 
 
 def test_yaml_values_are_checked_like_flags(tmp_path, capsys):

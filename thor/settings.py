@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import math
+import operator
 import os
 import re
 import sys
@@ -38,6 +40,12 @@ TOPICS = (
     "run",
 )  # groups of --help, in this order
 METAVARS = {int: "N", float: "X", str: "TEXT"}
+BOUNDS = {  # name -> (what a valid value satisfies, how an error says it)
+    "min": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "max": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
 
 
 class UserError(Exception):
@@ -47,22 +55,23 @@ class UserError(Exception):
 # ---- declaring and parsing settings ---------------------------------------------------------------------------------
 
 
-def setting(default: Any, help: str, topic: str, min: float | None = None) -> Any:
+def setting(default: Any, help: str, topic: str, **bounds: float) -> Any:
     """A field of a settings dataclass, which becomes the flag --NAME.
 
-    default: a list makes a flag that takes one or more values. topic: group of the flag in --help. min: smallest valid
-    value; None, as the default of a number, has none.
+    default: a list makes a flag that takes one or more values. topic: group of the flag in --help.
+    bounds: limits of a number, by names in BOUNDS: `min=0, below=1` is the interval [0, 1). They do not apply to None.
     """
-    metadata = {"help": help, "topic": topic, "min": min}
+    assert bounds.keys() <= BOUNDS.keys(), f"unknown bounds {bounds}"
+    metadata = {"help": help, "topic": topic, "bounds": bounds}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def by_model(demo: Any, other: Any, help: str, topic: str, min: float | None = None) -> Any:
+def by_model(demo: Any, other: Any, help: str, topic: str, **bounds: float) -> Any:
     """A `setting` with a default for the demo model, which `fill_defaults` replaces if the model is another one."""
     shown = "all" if other is None else f"{other:,}" if isinstance(other, int) else other
-    field = setting(demo, f"{help} (default: %(default)s for the demo model, else {shown})", topic, min)
+    field = setting(demo, f"{help} (default: %(default)s for the demo model, else {shown})", topic, **bounds)
     return dataclasses.field(default=demo, metadata={**field.metadata, "other": other})
 
 
@@ -140,14 +149,24 @@ def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positi
     settings = cls(**{name: value for part in parts for name, value in vars(part).items()})
     given = getattr(extra, "_positional", None) if positional else None
     for field in dataclasses.fields(cls):
-        smallest, value = field.metadata.get("min"), getattr(settings, field.name)
-        if None not in (smallest, value) and value < smallest:
-            parser.error(f"--{field.name} {value}: must be at least {smallest}")
+        value = getattr(settings, field.name)
+        if fault := _number_fault(value, field.metadata.get("bounds", {})):
+            parser.error(f"--{field.name} {value}: must be {fault}")
     if given:
         settings = dataclasses.replace(settings, **{positional: given})
     given = {word.partition("=")[0].removeprefix("--") for word in argv}
     object.__setattr__(settings, "_given", given)  # for `fill_defaults`; not a field, so not in config.json
     return settings
+
+
+def _number_fault(value: Any, bounds: dict[str, float]) -> str:
+    """What a number must be, such as "at least 1", or "" if it is valid. Every number must be finite."""
+    if not isinstance(value, (int, float)):
+        return ""
+    if not -math.inf < value < math.inf:  # false for NaN too
+        return "a finite number"
+    faults = [f"{BOUNDS[name][1]} {bound}" for name, bound in bounds.items() if not BOUNDS[name][0](value, bound)]
+    return " and ".join(faults)
 
 
 def _flags_from(config: str, cls: type, parser: _Parser) -> list[str]:

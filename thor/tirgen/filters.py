@@ -28,13 +28,13 @@ class FilterSettings:
     min_chars: int = setting(20, "minimum characters of a trajectory", "filter", min=0)
     max_chars: int = setting(60_000, "maximum characters of a trajectory", "filter", min=1)
     min_substantial: float = setting(
-        0.0, "minimum share of code blocks with a library call or control flow (paper: 0.6)", "filter", min=0
+        0.0, "minimum share of code blocks with a library call or control flow (paper: 0.6)", "filter", min=0, max=1
     )
     code_free_share: float = setting(
-        0.1, "maximum share of trajectories without code, and how often one is preferred", "filter", min=0
+        0.1, "maximum share of trajectories without code, and how often one is preferred", "filter", min=0, max=1
     )
-    keep_one_call: float = setting(1.0, "share of one-call trajectories to keep (official run: 0.5)", "filter")
-    keep_easy: float = setting(0.5, "share to keep of the problems that plain reasoning always solves", "filter", min=0)
+    keep_one_call: float = setting(1.0, "share to keep of one-call trajectories (official 0.5)", "filter", min=0, max=1)
+    keep_easy: float = setting(0.5, "share to keep of problems plain reasoning always solves", "filter", min=0, max=1)
     seed: int = setting(0, "random seed of problems, sampling and filter", "run")
 
 

@@ -35,15 +35,15 @@ class TrainSettings:
     """Settings that run_sft.py and run_rl.py share."""
 
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "'auto' is a GPU if there is one", "model")
-    lr: float = setting(1e-5, "peak learning rate", "optimisation")
+    lr: float = setting(1e-5, "peak learning rate", "optimisation", min=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant", "learning rate after the warm-up; 'linear' and 'cosine' decay to 0", "optimisation"
     )
-    warmup: float = setting(0.0, "share of the run in which the learning rate rises from 0", "optimisation", min=0)
-    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", "optimisation", min=0)
-    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", "optimisation", min=0)
+    warmup: float = setting(0.0, "share of the run in which lr rises from 0", "optimisation", min=0, max=1)
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", "optimisation", min=0, below=1)
+    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", "optimisation", min=0, below=1)
     weight_decay: float = setting(0.0, "weight decay of AdamW", "optimisation", min=0)
-    clip: float = setting(1.0, "gradient clipping norm", "optimisation")
+    clip: float = setting(1.0, "gradient clipping norm", "optimisation", above=0)
     max_tokens_per_micro_batch: int = setting(1024, "distinct tokens in one forward and backward pass", "memory", min=1)
     tree: bool = setting(True, "compute shared prefixes once; the result is the same", "memory")
     gradient_checkpointing: bool = setting(False, "less memory for a third more compute", "memory")
@@ -59,7 +59,7 @@ class TrainSettings:
     )
     eval_samples: int = setting(1, "responses per problem", "validation", min=1)
     eval_temperature: float = by_model(0.4, 0.6, "sampling temperature; 0: greedy", "validation", min=0)
-    rank_timeout: float = setting(3600.0, "seconds that a rank waits for the others", "run")
+    rank_timeout: float = setting(3600.0, "seconds that a rank waits for the others", "run", above=0)
     seed: int = setting(0, "random seed", "run")
     report_to: str = setting("tensorboard", "trackers, such as 'tensorboard,wandb'; 'none' for none", "run")
     resume: bool = setting(False, "resume the run in --out", "run")
