@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from thor.equivalence.clean import RULES, clean
-from thor.equivalence.compare import equal, undecided
+from thor.equivalence.compare import Undecided, equal, undecided
 from thor.equivalence.numeric import identical
 from thor.equivalence.reader import read
 from thor.equivalence.units import canonical_unit
@@ -236,6 +237,8 @@ function
     sin(2x) != 2\sin x
     \sin 30 != \sin 30^\circ
 expression
+    x_{} != 5
+    \hat{} != 5
     e^{i\pi} == -1
     (-1)^{n+2} == (-1)^n
     (-1)^{n+1} != (-1)^n
@@ -268,6 +271,9 @@ expression
     x_1 != x_2
     x_1 != x
 unit left out
+    5 \text{ times} == 5
+    5\text{ cm squared} == 5 cm^2
+    5 rad == 5
     \$18 per hour == 18
     3/4 cup == 3/4
     \frac{3}{4} \text{ of the cake} == 0.75
@@ -306,6 +312,25 @@ unit in two spellings
     50% == 0.5
     0.5 == 50\%
 choice
+    (C) -5 == C
+    C: -5 == C
+    \text{(C)}, 1 != \text{(C)}
+    \text{(C)}+1 != \text{(C)}
+    \text{(C)} - 1 != \text{(C)}
+    \text{(C)} or \text{(D)} != \text{(C)}
+    (C) or (D) != C
+    C: 12, D: 13 != C
+    (C) 12 (D) 13 != C
+    \textbf{(C)} or \textbf{(D)} != C
+    (A) and (C) != A
+    A (B) != A
+    A. B. C. D. != A
+    (B), (C) != B
+    C != \text{(C)}, 1
+    e != E
+    2.718281828459045 != \text{(E)}
+    E == e
+    2*E == 2e
     \textbf{(C) } 12 == C
     C: 12 == C
     (C) 12 == C
@@ -421,6 +446,41 @@ letter is no unit
     11\sqrt2 h != 11\sqrt2
     7.6 != 7.6 Z
     \frac{1}{m} != \frac{1}{m} t
+word is no unit
+    5 xyz != 5
+    5 abc != 5
+    5 pqr != 5
+    5 mnp != 5
+    5 sin != 5
+    5 log != 5
+    5 cos != 5
+    5 mod != 5
+    5 not != 5
+    5 sinh != 5
+    -3 xyz != -3
+    5 \text{ million} == 5000000
+    5 \text{ million dollars} == 5000000
+    5 \text{ hundred} == 500
+    5 \text{ million} != 5
+    5 \text{ hundred} != 5
+    5 \text{ squared} != 5
+    5 \text{ factorial} != 5
+    5 \text{ or more} != 5
+    5 \text{ but maybe 6} != 5
+    5 \text{ (mod 7)} != 5
+    5 \text{ June} != 5
+ratio
+    1:2 == 1/2
+    2:3:5 == 4:6:10
+    2:3:5 == 2 : 3 : 5
+    2:3:5 cm == 2:3:5
+    3:45 pm == 3:45
+    2:3:5 != 2:5:3
+    1:2:3 != 1:3:2
+    2:3:5 != 2:15
+    2:3 != 2:3:5
+    0:0:0 != 2:3:5
+    3:45 am != 3:45 pm
 tiny
     \frac{1}{3^{60}} != \frac{1}{3^{61}}
     \frac{1}{3^{60}} != 0
@@ -538,9 +598,9 @@ def test_fractions_are_compared_exactly(value):
 
 @given(st.integers(), st.integers(0, 6))
 def test_decimals_are_compared_exactly(digits, places):
-    text = f"{digits / 10**places:.{places}f}" if abs(digits) < 10**9 else str(digits)
+    text = f"{digits / 10**places:.{places}f}" if abs(digits) < 10**8 else str(digits)
     assert verify(text + "000" if "." in text else text + ".000", text)
-    assert not verify(text + "1" if "." in text else text + ".1", text) or len(text) >= 10
+    assert not verify(text + "1" if "." in text else text + ".1", text)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False, min_value=1e-3, max_value=1e5), st.integers(3, 997))
@@ -551,14 +611,35 @@ def test_printed_floats_are_the_fractions_that_they_were_computed_from(value, di
     assert not verify(printed, rf"\frac{{{numerator + 1}}}{{{divisor}}}")
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.text(st.sampled_from("0123456789+-*/^_=<>(){}[],.;:!%$\\ xyabcdefimnopqrst\n\0\ud800é∞√"), max_size=40))
+PIECES = [*"0123456789+-*/^_=<>(){}[],.;:!%$\\ xyabcdefimnopqrst\n\0\ud800é∞√", "{}", "_{}", "e9999", "_8", r"\text{"]
+PIECES += [rf"\{name}{{" for name in ("hat", "frac", "sqrt", "vec", "overline", "binom", "mathbb", "operatorname")]
+PIECES += [
+    r"\begin{pmatrix}",
+    r"\end{pmatrix}",
+    r"\left(",
+    r"\pm ",
+    r"\{",
+    r"\}",
+    r"\cup ",
+    "Matrix(",
+    "Interval(",
+    "sin(",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
 @example("\\")
 @example("\ud800" * 30)
+@example("x_{}")
+@example(r"\hat{}")
+@example("1e9999")
+@example("1e-9999")
 def test_arbitrary_text_never_raises(text):
-    assert verify(text, "1234567", timeout=2) in (True, False)
-    assert verify("x+1", text, timeout=2) in (True, False)
-    assert verify(text, text, timeout=2) in (True, False)
+    for prediction, gold in ((text, "1234567"), ("x+1", text), (text, text), (text, "52_8")):
+        assert verify(prediction, gold, timeout=2) in (True, False)
+        with suppress(Undecided):  # not hidden by the worker, which counts a text that raises as wrong
+            equal(prediction, gold, undecided)
 
 
 HOSTILE = [
@@ -590,6 +671,9 @@ HOSTILE = [
     "9" * 10**6,
     "a" * 1900,
     "1e999999999",
+    "x_{}",
+    r"\hat{}",
+    "1e9999",
     "__import__('os').system('exit 1')",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thor.equivalence.compare import Undecided, equal, undecided
+from thor.equivalence.compare import equal, undecided
 from thor.equivalence.workers import pool
 from thor.text import extract_answer
 from thor.trajectory import Trajectory
@@ -28,7 +28,7 @@ def verify(prediction: str, gold: str, timeout: float = 5.0) -> bool:
         return prediction.strip() == gold.strip()
     try:
         return equal(prediction, gold, undecided)
-    except Undecided:
+    except Exception:  # undecided, or a text that the rules fail on, which is False in a worker
         return pool.compare(prediction, gold, timeout)
 
 

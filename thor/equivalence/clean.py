@@ -33,6 +33,7 @@ CHARACTERS = str.maketrans(
     | _greek_letters()
 )
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ"
+SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 END = r"(?![A-Za-z])"  # of the name of a LaTeX command
 FUNCTION = "(a?(?:sin|cos|tan|cot|sec|csc)h?|arc(?:sin|cos|tan|cot|sec|csc)|ln|log|exp|lcm|gcd|max|min)"
 TH = r"(?:st|nd|rd|th)"
@@ -46,6 +47,7 @@ RULES: list[tuple[str, str, str, str]] = [  # pattern, replacement, example befo
     (rf"\\[dtc]frac{END}", r"\\frac", r"\dfrac12", r"\frac12"),
     (r"\\(?:[mh]box|operatorname\*?|text[a-z]{2,6}|math(?:rm|bf|it|sf|tt))\s*\{", r"\\text{", r"\mbox{m}", r"\text{m}"),
     (rf"\\text\s*\{{\s*{FUNCTION}\s*\}}", r"\\\1 ", r"\text{asin}(x)", r"\asin (x)"),
+    (rf"\\text\s*\{{\s*({'|'.join(SCALES)})\b([^{{}}]*)\}}", r" \1\2 ", r"5\text{ million}", "5 million"),
     # separators: of thousands, and of the items of a list
     (r"(?<=\d)(?:,\s*\\!\s*|\{,\}|\\[,;: !]\s*|~)(?=\d{3}(?!\d))", "", r"10,\!080", "10080"),
     (r",?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s*\b(?:and|or)\b|\\(?:lor|vee)" + END, "; ", "1, 2 or 3", "1, 2;  3"),

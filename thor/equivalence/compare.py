@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 from thor.equivalence.clean import clean
-from thor.equivalence.reader import INFINITY, read
-from thor.equivalence.tree import Node, children, negative, number, product, replace, variables, walk
+from thor.equivalence.names import INFINITY
+from thor.equivalence.reader import read
+from thor.equivalence.tree import Node, children, negative, number, product, quotient, replace, variables, walk
 
 MAX_BITS = 1 << 13  # of the numerator and the denominator of an exact number
 Nodes = tuple[Node, ...]
@@ -37,14 +38,16 @@ def undecided(prediction: Node, gold: Node, up_to_factor: bool) -> bool:
 # ---- texts ----
 
 CHOICE = re.compile(
-    r"(?:(?:option|choice|answer):?\s+)?(?:\(\s*((?-i:[A-J]))\s*\)|((?-i:[A-J]))(?=\s*(?:$|[.:)]|\s\()))\s*[.:)]?(.*)",
+    r"(?:(?:option|choice|answer):?\s+)?(?:\(\s*((?-i:[A-J]))\s*\)|((?-i:[A-J]))(?=\s*(?:$|[.:)]|\s\()))"
+    r"(?!\s*[,;+*/^_=]|-|\s+-\s)\s*[.:)]?(.*)",  # (C)+1 and (C), 1 are no choices, (C) -5 is one
     re.DOTALL | re.IGNORECASE,
 )
+OTHER_CHOICE = re.compile(r"(?<!\w)\([A-J]\)|(?<!\w)[A-J][.:)]|^[A-J]$")  # in the text of a choice: (C) 12 (D) 13
 TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
 SHORT_UNIT = re.compile(
     r"((?:\w+\s*=\s*)?[-+]?[\d.,/]+(?:\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+))?)\s+"
-    r"([A-Za-z]{3}|[mgshLJNWVAKC](?:\^(?:[23]|\{[23]\}))?)"
+    r"([mgshLJNWVAKC](?:\^(?:[23]|\{[23]\}))?)"
 )
 
 
@@ -79,7 +82,9 @@ def _squeeze(text: str) -> str:
 def _choice(text: str) -> tuple[str, str]:
     r"""Split the answer to a multiple-choice question: C, (C), C: 12, \text{(C) } 12 are C, with 12 or nothing."""
     match = CHOICE.fullmatch(TEXT.sub(r"\1", text, count=1).strip() if text.startswith(r"\text") else text)
-    return (match[1] or match[2], match[3].strip()) if match else ("", "")
+    if not match or OTHER_CHOICE.search(match[3].strip()):
+        return "", ""
+    return match[1] or match[2], match[3].strip()
 
 
 def _readings(text: str, short_units: bool = False) -> Iterator[Node]:
@@ -238,7 +243,8 @@ def _interval(node: Node) -> Node | None:
 
 # ---- values ----
 
-STRUCTURES = {"group", "list", "set", "union", "matrix", "rel", "text", "base"}
+STRUCTURES = {"group", "list", "set", "union", "matrix", "rel", "text", "base", "ratio"}
+EULER_OR_OPTION = Node("sym", ("E",))  # a whole gold answer E is an option, 2*E is 2e
 PYTHON_NAMES = {"I": Node("const", ("i",)), "j": Node("const", ("i",)), "E": Node("const", ("e",))}
 
 
@@ -256,6 +262,10 @@ def _same_value(node: Node, gold: Node, identical: Identical) -> bool:
         return any(_same_value(product(share, number(scale)), value, identical) for scale in (1, Fraction(1, 100)))
     if node == gold:
         return True
+    if gold == EULER_OR_OPTION:
+        return False
+    if gold.op == node.op == "ratio":
+        return _same_items(_shares(node), _shares(gold), identical)
     if "base" in (node.op, gold.op):
         return node.op != gold.op and _digits(node) == _digits(gold)
     if not _is_expression(node) or not _is_expression(gold):
@@ -283,7 +293,15 @@ def _quantity(node: Node) -> tuple[Node, str]:
 
 
 def _digits(node: Node) -> str:
-    return node.args[0] if node.op == "base" else str(node.args[0]) if node.op == "num" else ""
+    """Return the digits of a number with a base, or of an integer that is short enough for Python to print."""
+    if node.op == "num" and node.args[0].denominator == 1 and 0 <= node.args[0] < 10**100:
+        return str(node.args[0])
+    return node.args[0] if node.op == "base" else ""
+
+
+def _shares(ratio: Node) -> Nodes:
+    """Return the parts divided by their sum: 2:3:5 is 4:6:10."""
+    return tuple(quotient(part, Node("add", ratio.args)) for part in ratio.args)
 
 
 def _from_python(node: Node, others: set[str]) -> Node:

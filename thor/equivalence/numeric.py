@@ -13,7 +13,7 @@ from fractions import Fraction
 from mpmath import mp
 
 from thor.equivalence.compare import tolerance
-from thor.equivalence.reader import TRIGONOMETRIC
+from thor.equivalence.names import TRIGONOMETRIC
 from thor.equivalence.tree import Node, children, variables, walk
 
 mp.dps = 100  # decimal digits of the values

@@ -8,59 +8,33 @@ from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
 
-from thor.equivalence.clean import END, GREEK
+from thor.equivalence import names
+from thor.equivalence.clean import END, GREEK, SCALES
 from thor.equivalence.tree import Node, negative, number, product, quotient, walk
 from thor.equivalence.units import UNIT, canonical_unit
 
 MAX_DEPTH, MAX_SIGNS = 40, 3  # of brackets, arguments and exponents; of signs in a row, as in --1 and n!!
 FLOAT_DIGITS, FLOAT_DECIMALS = 10, 5  # a number with as many significant digits and decimals is a printed float
 
-INFINITY = Node("const", ("oo",))
-CONSTANTS = {name: Node("const", (value,)) for name, value in {
-    "pi": "pi", "e": "e", "i": "i", "imath": "i", "infty": "oo", "oo": "oo", "inf": "oo", "infinity": "oo",
-}.items()}  # fmt: skip
-REALS = Node("group", ("(", (negative(INFINITY), INFINITY), ")"))
-SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-
-TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc")
-FUNCTIONS = {
-    f"{arc}{name}{h}": f"{arc[:1]}{name}{h}" for name in TRIGONOMETRIC for arc in ("", "a", "arc") for h in ("", "h")
-}
-FUNCTIONS |= {name: name for name in ("exp", "ln", "log", "abs", "floor", "ceil", "factorial", "gcd", "lcm")}
-FUNCTIONS |= {name: name for name in ("max", "min", "re", "im", "conjugate", "sign")}
-FUNCTIONS |= {"Abs": "abs", "ceiling": "ceil", "Max": "max", "Min": "min", "binomial": "binomial", "comb": "binomial"}
-FUNCTIONS |= {"sqrt": "root", "cbrt": "cbrt", "root": "root", "log2": "log2", "log10": "log10"}
-# What Python and sympy print with arguments in parentheses, besides functions.
-PRINTED = {"Rational", "Fraction", "Integer", "Float", "float", "int", "float64", "int64", "Tuple", "tuple", "list"}
-PRINTED |= {"Matrix", "ImmutableDenseMatrix", "array", "Eq", "FiniteSet", "set", "Union"}
-
-RELATIONS = {"=": "=", "==": "=", r"\approx": "=", r"\in": "=", "<": "<", r"\lt": "<", ">": ">", r"\gt": ">"}
-RELATIONS |= dict.fromkeys(["<=", r"\le", r"\leq", r"\leqslant"], "<=") | dict.fromkeys(["!=", r"\ne", r"\neq"], "!=")
-RELATIONS |= dict.fromkeys([">=", r"\ge", r"\geq", r"\geqslant"], ">=")
-CLOSING = {"(": r"[)\]]", "[": r"[)\]]", "{": r"\}", r"\{": r"\\\}", r"\langle": r"\\rangle", "|": r"\|"}
-CLOSING |= {r"\lfloor": r"\\rfloor", r"\lceil": r"\\rceil", r"\lvert": r"\\rvert", r"\vert": r"\\vert"}
-ENCLOSED = {r"\lfloor": "floor", r"\lceil": "ceil", "|": "abs", r"\lvert": "abs", r"\vert": "abs"}
-UNREADABLE = {"sum", "int", "prod", "lim", "begin", "end", "iint", "oint", "over", "choose", "pmod", "mod", "bmod"}
-
 
 def _token(regex: str) -> re.Pattern[str]:
     return re.compile(r"\s*" + regex, re.DOTALL)
 
 
-def _any(names) -> str:
-    longest_first = sorted(names, key=len, reverse=True)
+def _any(words) -> str:
+    longest_first = sorted(words, key=len, reverse=True)
     return "|".join(re.escape(name) + (END if name[-1].isalpha() else "") for name in longest_first)
 
 
 SEPARATOR, COLON, KEY = _token(r"[,;]\s*;?"), _token(":"), _token(r"[A-Za-z]\w*\s*:")
-RELATION, UNION = _token(f"({_any(RELATIONS)})"), _token(rf"\\cup{END}")
+RELATION, UNION = _token(f"({_any(names.RELATIONS)})"), _token(rf"\\cup{END}")
 LEADING_RELATION = _token(rf"(?:=|\\approx{END})")
 SIGN, POWER, SUBSCRIPT, POSTFIX = _token(rf"([-+]|\\[pm][pm]{END})"), _token(r"\^"), _token("_"), _token("(!(?!=)|°)")
-TIMES, OVER = _token(rf"(?:\*|\\(?:cdot|times){END})"), _token(rf"(?:/|:|\\div{END})")
-OPENING, PARENTHESIS, BAR = _token(f"({_any(CLOSING)})"), _token(r"\("), _token(r"\|")
+TIMES, OVER = _token(rf"(?:\*|\\(?:cdot|times){END})"), _token(rf"(?:/|\\div{END})")
+OPENING, PARENTHESIS, BAR = _token(f"({_any(names.CLOSING)})"), _token(r"\("), _token(r"\|")
 BRACE, BRACKET, SINGLE = _token(r"\{"), _token(r"\["), _token(r"(?:(\d)|([A-Za-z]))")
 # What starts a factor behind another one without a sign, as in 2\pi r.
-NOT_FACTORS = [name for name in RELATIONS if name[0] == "\\"] + [
+NOT_FACTORS = [name for name in names.RELATIONS if name[0] == "\\"] + [
     r"\cup",
     r"\cap",
     r"\setminus",
@@ -158,15 +132,26 @@ class _Reader:
         self.take(LEADING_RELATION)
         operators, sides = [], [self.union()]
         while match := self.take(RELATION):
-            operators.append(RELATIONS[match[1]])
+            operators.append(names.RELATIONS[match[1]])
             sides.append(self.union())
         return Node("rel", (tuple(operators), tuple(sides))) if operators else sides[0]
 
     def union(self) -> Node:
-        sets = [self.sum()]
+        sets = [self.ratio()]
         while self.take(UNION):
-            sets.append(self.sum())
+            sets.append(self.ratio())
         return Node("union", (tuple(sets),)) if len(sets) > 1 else sets[0]
+
+    def ratio(self) -> Node:
+        """Read 1:2, which is 1/2, or 2:3:5. A unit at the end belongs to the whole ratio."""
+        parts = [self.sum()]
+        while self.take(COLON):
+            parts.append(self.sum())
+        if len(parts) == 1:
+            return parts[0]
+        last, *unit = parts[-1].args if parts[-1].op == "quantity" else (parts[-1],)
+        node = quotient(parts[0], last) if len(parts) == 2 else Node("ratio", (*parts[:-1], last))
+        return Node("quantity", (node, *unit)) if unit else node
 
     def sum(self) -> Node:
         terms = [self.product([])]
@@ -256,8 +241,8 @@ class _Reader:
         if match := self.take(INTERVAL):
             return self.interval({"open": "()", "Lopen": "(]", "Ropen": "[)", None: "[]"}[match[1]])
         if match := self.take(ACCENT):
-            name = f"{match[1]} {(match[2] or match[3]).strip()}"
-            return REALS if name == "mathbb R" else self.symbol(name)
+            name = f"{match[1]} {match[match.lastindex].strip()}"
+            return names.REALS if name == "mathbb R" else self.symbol(name)
         if match := self.take(COMMAND):
             return self.command(match[1])
         return self.word()
@@ -269,9 +254,9 @@ class _Reader:
             if opening == "{" and self.sees(KEY):
                 return self.dictionary()
             items = self.items()
-            close = self.expect(_token(CLOSING[opening]))
-        if opening in ENCLOSED:
-            return Node("call", (ENCLOSED[opening], *items))
+            close = self.expect(_token(names.CLOSING[opening]))
+        if opening in names.ENCLOSED:
+            return Node("call", (names.ENCLOSED[opening], *items))
         if opening == r"\{" or (opening == "{" and len(items) > 1):  # Python prints {1, 2}
             return Node("set", (items,))
         if len(items) == 1:
@@ -318,7 +303,7 @@ class _Reader:
         return Node("text", (" ".join(" ".join(words).casefold().split()),))
 
     def command(self, name: str) -> Node:
-        if name in UNREADABLE:
+        if name in names.UNREADABLE:
             raise NotReadable
         if name in ("frac", "binom", "dbinom", "tbinom"):
             first, second = self.argument(), self.argument()
@@ -329,9 +314,9 @@ class _Reader:
                 degree = self.sum()
                 self.expect(_token(r"\]"))
             return Node("call", ("root", self.number() or self.argument(), degree))
-        if name in FUNCTIONS:
+        if name in names.FUNCTIONS:
             return self.call(name)
-        return CONSTANTS.get(name) or self.symbol(name)
+        return names.CONSTANTS.get(name) or self.symbol(name)
 
     def argument(self) -> Node:
         r"""Read the argument of a LaTeX command: {...}, or one digit or symbol as in \frac12."""
@@ -339,22 +324,22 @@ class _Reader:
             match = self.take(SINGLE)
             if not match:
                 return self.atom()
-            return number(int(match[1])) if match[1] else CONSTANTS.get(match[2]) or Node("sym", (match[2],))
+            return number(int(match[1])) if match[1] else names.CONSTANTS.get(match[2]) or Node("sym", (match[2],))
 
     def word(self) -> Node:
         """Read a name, words, or one letter of a product of letters."""
         start = self.position
         name = self.expect(WORD)
-        if name in PRINTED and self.sees(PARENTHESIS):
+        if name in names.PRINTED and self.sees(PARENTHESIS):
             return self.printed(name)
-        if name in FUNCTIONS:
+        if name in names.FUNCTIONS:
             return self.call(name)
-        if name in CONSTANTS and not self.sees(SUBSCRIPT):
-            return CONSTANTS[name]
+        if name in names.CONSTANTS and not self.sees(SUBSCRIPT):
+            return names.CONSTANTS[name]
         if name in SCALES:
             return number(SCALES[name])
         if name == "Reals":
-            return REALS
+            return names.REALS
         if name.lower() in GREEK or name == "lamda":
             return self.symbol(name.replace("lamda", "lambda"))
         self.position = start
@@ -365,7 +350,11 @@ class _Reader:
         letter = self.take(LETTER)
         if letter[2]:  # sympy prints C1 for C_1
             return Node("sym", (f"{letter[1]}_{letter[2]}",))
-        return CONSTANTS[letter[1]] if letter[1] in CONSTANTS and not self.sees(SUBSCRIPT) else self.symbol(letter[1])
+        return (
+            names.CONSTANTS[letter[1]]
+            if letter[1] in names.CONSTANTS and not self.sees(SUBSCRIPT)
+            else self.symbol(letter[1])
+        )
 
     def symbol(self, name: str) -> Node:
         """Read what belongs to a name: primes, an index, and one simple argument, as in f'(x) and u(t)."""
@@ -374,14 +363,14 @@ class _Reader:
             match = self.take(INDEX)
             if not match:
                 raise NotReadable
-            name += "_" + re.sub(r"\\text|[{}\\\s]", "", match[1] or match[2]) + self.take(PRIMES)[0]
+            name += "_" + re.sub(r"\\text|[{}\\\s]", "", match[match.lastindex]) + self.take(PRIMES)[0]
         match = self.take(APPLIED)
         return Node("sym", (f"{name}({match[2].lstrip(chr(92))})" if match else name,))
 
     # ---- functions ----
 
     def call(self, name: str) -> Node:
-        function, base, power = FUNCTIONS[name], None, None
+        function, base, power = names.FUNCTIONS[name], None, None
         if function == "log" and self.take(SUBSCRIPT):
             base = self.number() or self.argument()
         if self.take(POWER):
@@ -391,7 +380,7 @@ class _Reader:
             function, base = "log", number(int(function[3:]))
         if function in ("root", "cbrt") and len(arguments) == 1:
             function, arguments = "root", (*arguments, number(2 if name == "sqrt" else 3))
-        if power == negative(number(1)) and function in TRIGONOMETRIC:
+        if power == negative(number(1)) and function in names.TRIGONOMETRIC:
             function, power = "a" + function, None
         node = Node("call", (function, *arguments, *([base] if base else [])))
         return node if power is None else Node("pow", (node, power))
@@ -412,14 +401,14 @@ class _Reader:
 
     def sees_function(self) -> bool:
         match = COMMAND.match(self.text, self.position) or WORD.match(self.text, self.position)
-        return match is not None and match[1] in FUNCTIONS
+        return match is not None and match[1] in names.FUNCTIONS
 
     def interval(self, brackets: str) -> Node:
         ends = self.arguments()[:2]
         if len(ends) < 2:
             raise NotReadable
-        left = "(" if ends[0] == negative(INFINITY) else brackets[0]
-        return Node("group", (left, ends, ")" if ends[1] == INFINITY else brackets[1]))
+        left = "(" if ends[0] == negative(names.INFINITY) else brackets[0]
+        return Node("group", (left, ends, ")" if ends[1] == names.INFINITY else brackets[1]))
 
     def printed(self, name: str) -> Node:
         arguments = self.arguments()

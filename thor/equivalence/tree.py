@@ -6,6 +6,7 @@ r"""Answers as trees, made of `Node(op, args)`.
     const     'pi' | 'e' | 'i' | 'oo'            text  words
     pm, mp    x, as in 1 \pm x                   deg   x, for x degrees
     base      digits, base                       quantity  x, unit
+    ratio     parts, three or more
     list, set, union  (items)                    matrix  (rows)
     group     opening bracket, (items), closing bracket: a tuple or an interval
     rel       (operators), (sides), with the operators = != < <= > >=
