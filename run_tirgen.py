@@ -12,18 +12,16 @@ Writes <out>/tir.jsonl (one trajectory per line), drafts.jsonl (all tries, befor
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
 
 from thor.data import load_problems
-from thor.demo import DEMO_MODEL, nearest_demonstrations
-from thor.engines import Engine, Request, ServerError, is_reproducible, load_engine
+from thor.demo import DEMO_MODEL
+from thor.engines import Engine, Request, RequestRejected, ServerError, is_reproducible, load_engine
 from thor.rollout import Ask, Sampling, Task, drive
 from thor.run_folder import Run
 from thor.sandbox import Executor
@@ -44,7 +42,7 @@ from thor.tirgen.alignment import policy_alignment
 from thor.tirgen.critic import FAULTS, CriticStop, Rewrite
 from thor.tirgen.draft import Draft, thought_span
 from thor.tirgen.filters import FilterSettings, Selection, first_fault, select
-from thor.tirgen.problems import exclude, take_shard
+from thor.tirgen.problems import exclude, list_tries, take_shard
 from thor.tirgen.roles import (
     FEW_SHOT,
     Prompts,
@@ -56,11 +54,13 @@ from thor.tirgen.roles import (
     make_critic,
     read_step,
 )
-from thor.tirgen.store import read_draft, read_drafts, read_names, write_rows
+from thor.tirgen.store import read_draft, read_drafts, read_names, read_summary, write_rows
 from thor.trajectory import Problem
 from thor.verify import verify
 
 RETRY_SECONDS = 60  # pause after a model server was lost
+MAX_REJECTED = 20  # tries in a row whose request the server rejects
+CRITIC_LIMITS = ("code_tries", "code_tokens")  # settings whose default depends on the critic
 
 
 @dataclass(frozen=True)
@@ -298,19 +298,6 @@ def load_engines(settings: Settings) -> tuple[Engine, Engine]:
     return actor, critic
 
 
-def list_tries(problems: list[Problem], settings: Settings) -> Iterator[tuple[str, Problem, bool]]:
-    """(name, problem, whether it is plain reasoning) of all tries.
-
-    Those of a problem, and of problems with the same demonstrations, are neighbours, so that their common prefix stays
-    in the engine's cache.
-    """
-    if settings.actor_prompt == FEW_SHOT:
-        problems = sorted(problems, key=lambda p: [d.question for d in nearest_demonstrations(p.question)])
-    for problem in problems:
-        yield from ((f"{problem.id}#{k}", problem, False) for k in range(settings.tries))
-        yield from ((f"{problem.id}#plain{k}", problem, True) for k in range(settings.plain_tries))
-
-
 def grade(draft: Draft) -> None:
     """Verify the answer of a draft."""
     answer = draft.answer if draft.finished and not draft.dropped else None
@@ -320,7 +307,8 @@ def grade(draft: Draft) -> None:
 def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor, run: Run) -> None:
     """Generate all tries that drafts.jsonl does not have yet. Each is appended when it has ended.
 
-    If a model server stops answering, what is in flight is lost, and sampled again once it answers.
+    If a model server stops answering, what is in flight is lost, and sampled again once it answers. A try whose request
+    it rejects is dropped.
     """
     settings = loop.settings
     done = read_names(run / "drafts.jsonl")
@@ -329,9 +317,11 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
     in_flight = max(1, settings.rows // 2 if shared else settings.rows)
     counts = {"kept": 0, "drafts": 0, "tokens": 0}
     start = last = time.monotonic()
+    rejected = 0  # in a row
 
     def save(_: int, draft: Draft) -> None:
-        nonlocal last
+        nonlocal last, rejected
+        rejected = rejected + 1 if draft.dropped == "rejected" else 0
         run.append("drafts.jsonl", draft.to_record())
         done.add(draft.name)
         last = time.monotonic()
@@ -354,6 +344,13 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
             try:
                 deterministic = is_reproducible(loop.actor, loop.critic)
                 drive(tasks, loop.actor, executor, save, grade, in_flight=in_flight, deterministic=deterministic)
+            except RequestRejected as error:
+                if rejected == MAX_REJECTED:
+                    raise
+                tqdm.write(f"{error}; the try is dropped")
+                name = error.request_id.rpartition("/")[0]
+                tries = list_tries(problems, settings)
+                save(0, next(Draft(p, n, plain=plain, dropped="rejected") for n, p, plain in tries if n == name))
             except ServerError as error:
                 if time.monotonic() - last > 60 * settings.patience:
                     raise
@@ -366,8 +363,10 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
 
 def resolve(settings: Settings) -> Settings:
     """Fill in the defaults that depend on the models."""
-    settings = fill_defaults(settings, settings.actor, DEMO_MODEL)
     critic = settings.critic or settings.actor
+    of_actor = [field.name for field in fields(settings) if field.name not in CRITIC_LIMITS]
+    settings = fill_defaults(settings, settings.actor, DEMO_MODEL, of_actor)
+    settings = fill_defaults(settings, critic, DEMO_MODEL, CRITIC_LIMITS)
     names = {
         "actor_prompt": settings.actor_prompt or (FEW_SHOT if settings.actor == DEMO_MODEL else "actor"),
         "critic_prompt": settings.critic_prompt or (FEW_SHOT if critic == DEMO_MODEL else "critic"),
@@ -391,14 +390,6 @@ def select_drafts(folders: list[Path], settings: Settings) -> Selection:
     """Filter the drafts of some runs."""
     with user_errors("--merge" if settings.merge else ""):
         return select(read_drafts(folder / "drafts.jsonl" for folder in folders), settings)
-
-
-def read_summary(folder: Path) -> dict:
-    """summary.json of a run that has ended."""
-    try:
-        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{folder}: has no summary.json; let its run end first") from error
 
 
 def measure_alignment(loop: ActorCritic, executor: Executor, selection: Selection) -> dict | None:
@@ -434,6 +425,7 @@ def main(argv: list[str] | None = None) -> None:
                 run.start()
             sample_drafts(loop, problems, executor, run)
             selection = select_drafts([run.folder], settings)
+            write_rows(run / "tir.jsonl", selection)  # the next line may lose a model server
             alignment = measure_alignment(loop, executor, selection)
     statistics = write_rows(run / "tir.jsonl", selection)
     summary = report.summary(selection, statistics, excluded) | {"alignment": alignment}

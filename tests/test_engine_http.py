@@ -15,7 +15,7 @@ import pytest
 from conftest import byte_tokenizer, tiny_llama
 
 from thor.data import load_problems
-from thor.engines import HTTPEngine, Request, ServerError, http, load_engine
+from thor.engines import HTTPEngine, Request, RequestRejected, ServerError, http, load_engine
 from thor.engines.vllm import vllm_seed
 from thor.rollout import Sampling, solve
 from thor.text import FenceParser
@@ -434,6 +434,10 @@ def test_permanent_errors_are_one_line(server, connect, monkeypatch):
     before = len(server.bodies)
     assert "rejected the request with 404: the server is broken" in error_message(lambda body, reply: 404)
     assert len(server.bodies) == before + 1  # not retried
+    with pytest.raises(RequestRejected) as rejected:
+        server.answer = lambda body, reply: 400
+        complete_in_time(engine, [Request("a", [1], 4)])
+    assert rejected.value.request_id == "a" and "with 400: the server is broken" in str(rejected.value)
     assert "no token ids" in error_message(lambda body, reply: reply.send(None))
     assert "the stream ended early" in error_message(lambda body, reply: reply.send([1], [-0.1]))
     monkeypatch.setattr(http, "MAX_ATTEMPTS", 3)

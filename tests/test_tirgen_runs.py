@@ -15,9 +15,9 @@ from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer
 import run_tirgen
 from run_tirgen import Settings, main, resolve
 from thor.demo import DEMO_MODEL
-from thor.engines import ServerError
+from thor.engines import RequestRejected, ServerError
 from thor.rollout import Sampling
-from thor.settings import UserError
+from thor.settings import UserError, parse_settings
 from thor.tirgen import report
 from thor.tirgen.alignment import policy_alignment
 from thor.tirgen.draft import Draft
@@ -201,6 +201,55 @@ def test_a_lost_server_is_tried_again(monkeypatch, scripted):
         main([*FLAGS, "--out", "impatient", "--patience", "0"])
 
 
+def rejecting(monkeypatch, names) -> None:
+    """Make the engine reject the requests of these tries, once the others have a few steps behind them."""
+
+    def load(settings):
+        engine = ScriptedEngine(TOKENIZER, reply)
+        step = engine.step
+
+        def rejecting_step():
+            for request in engine.queue if len(engine.requests) > 4 else ():
+                if names(request.id):
+                    raise RequestRejected("http://critic: rejected the request with 400: too long", request.id)
+            return step()
+
+        engine.step = rejecting_step
+        return engine, engine
+
+    monkeypatch.setattr(run_tirgen, "load_engines", load)
+
+
+def test_a_request_that_the_server_rejects_costs_its_try_only(monkeypatch):
+    main([*FLAGS, "--out", "whole"])
+    lost = {json.loads(line)["name"] for line in lines("whole/drafts.jsonl")[:2]}
+    rejecting(monkeypatch, lambda name: name.rpartition("/")[0] in lost)
+    main([*FLAGS, "--out", "rejected"])
+    drafts = {draft.name: draft for _, draft in read_drafts([Path("rejected/drafts.jsonl")])}
+    assert {name for name, draft in drafts.items() if draft.dropped} == lost and len(drafts) == PROBLEMS * 4
+    assert [line for line in lines("whole/drafts.jsonl") if json.loads(line)["name"] not in lost] == [
+        line for line in lines("rejected/drafts.jsonl") if json.loads(line)["name"] not in lost
+    ]
+
+
+def test_a_server_that_rejects_every_request_ends_the_run(monkeypatch):
+    monkeypatch.setattr(run_tirgen, "MAX_REJECTED", 3)
+    rejecting(monkeypatch, lambda name: True)
+    with pytest.raises(RequestRejected):
+        main([*FLAGS, "--out", "rejected"])
+    assert len(lines("rejected/drafts.jsonl")) == 3
+
+
+def test_rows_are_written_before_the_alignment_is_measured(monkeypatch):
+    def lost(*_):
+        raise ServerError("http://actor: no answer")
+
+    monkeypatch.setattr(run_tirgen, "policy_alignment", lost)
+    with pytest.raises(ServerError):
+        main([*FLAGS[:-1], "2", "--out", "run"])
+    assert lines("run/tir.jsonl")
+
+
 # ---- policy alignment -----------------------------------------------------------------------------------------------
 
 
@@ -291,6 +340,13 @@ def test_defaults_of_the_demo_model_are_not_those_of_others(capsys):
     line = capsys.readouterr().out
     assert "Qwen/Qwen3-8B is not the demo model" in line and "step_tokens 4096" in line and "limit all" in line
     mixed = resolve(Settings(actor=DEMO_MODEL, critic="Qwen/Qwen3-32B", step_tokens=7))
+    assert (mixed.code_tokens, mixed.code_tries, mixed.tries, mixed.limit) == (4096, 3, 2, 128)
+    assert (
+        "Qwen/Qwen3-32B is not the demo model, so the defaults are: code_tries 3, code_tokens"
+        in capsys.readouterr().out
+    )
+    other_way = resolve(Settings(actor="Qwen/Qwen3-8B", critic=DEMO_MODEL))
+    assert (other_way.code_tokens, other_way.step_tokens, other_way.critic_prompt) == (128, 4096, "few-shot")
     assert mixed.actor_prompt == "few-shot" and mixed.critic_prompt == "critic" and mixed.step_tokens == 7
 
 
@@ -299,6 +355,45 @@ def test_a_dry_run_loads_no_model_and_writes_nothing(scripted, capsys):
     printed = capsys.readouterr().out
     assert "6 problems, 18 tries, and 6 of plain reasoning" in printed and "What is 10 + 20?" in printed
     assert not scripted and not os.path.exists("dry")
+    main([*FLAGS, "--dry_run", "--shard", "8/8"])
+    assert "0 problems, 0 tries" in capsys.readouterr().out
+    main([*FLAGS, "--dry_run", "--merge", "run"])
+    assert "{question}" in capsys.readouterr().out
+
+
+def test_a_resumed_run_may_report_other_things(capsys):
+    main([*FLAGS, "--out", "run"])
+    main([*FLAGS, "--out", "run", "--resume", "--preview", "1", "--patience", "5", "--alignment", "9", "--rows", "7"])
+    with pytest.raises(SystemExit):
+        main([*FLAGS, "--out", "run", "--resume", "--temperature", "1"])
+    assert "--resume: temperature was 0.5" in capsys.readouterr().err
+
+
+def test_merging_a_run_that_was_killed_names_the_line(capsys):
+    main([*FLAGS, "--out", "run"])
+    with open("run/drafts.jsonl", "a") as file:
+        file.write('{"problem"')
+    with pytest.raises(SystemExit) as stop:
+        main([*FLAGS, "--merge", "run", "--out", "merged"])
+    assert stop.value.code == 2
+    assert f"--merge run/drafts.jsonl:{PROBLEMS * 4 + 1}: no complete line" in capsys.readouterr().err
+
+
+def test_the_critic_has_one_call_or_two(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*FLAGS, "--critic_calls", "3"])
+    assert stop.value.code == 2 and "--critic_calls 3" in capsys.readouterr().err
+    assert parse_settings(Settings, "", ["--critic_calls", "2"]).critic_calls == 2
+
+
+def test_configs_of_the_paper_have_its_settings(capsys):
+    for name, window, tokens in (("qwen2.5-7b", 512, 3200), ("qwen3-8b", 4096, 20_000)):
+        path = Path(__file__).parents[1] / "docs/configs" / f"tirgen-{name}.yaml"
+        settings = resolve(parse_settings(Settings, "", ["--config", str(path)]))
+        assert (settings.tries, settings.temperature, settings.top_k) == (8, 0.6, 30)
+        assert (settings.step_tokens, settings.max_tokens, settings.min_substantial) == (window, tokens, 0.6)
+        assert settings.keep_one_call == 0.5 and (settings.actor_prompt, settings.critic_prompt) == ("actor", "critic")
+        assert settings.limit is None and settings.critic != settings.actor
 
 
 def test_a_preview_has_colours_in_a_terminal(monkeypatch):

@@ -49,6 +49,7 @@ class Run:
     MAY_CHANGE = (
         # how long the run is, where it is and what it writes
         *("iterations", "out", "save_every", "keep", "evaluate", "report_to", "log_trajectories"),
+        *("preview", "patience", "alignment", "dry_run"),
         # speed and memory: results are the same up to rounding, which may change a sampled token now and then
         *("device", "rank_timeout", "rows", "kv_tokens"),
         *("max_tokens_per_micro_batch", "tree", "gradient_checkpointing"),

@@ -17,7 +17,7 @@ import sys
 import traceback
 import typing
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -75,11 +75,11 @@ def by_model(demo: Any, other: Any, help: str, topic: str, **bounds: float) -> A
     return dataclasses.field(default=demo, metadata={**field.metadata, "other": other})
 
 
-def fill_defaults(settings: S, model: str, demo_model: str) -> S:
+def fill_defaults(settings: S, model: str, demo_model: str, names: Sequence[str] | None = None) -> S:
     """If `model` is not the demo model, replace the settings that were not given by the defaults of other models.
 
     Prints which. settings: from `parse_settings`, which records what was given; without it, values other than the
-    demo's count as given.
+    demo's count as given. names: only these settings depend on this model.
     """
     if model == demo_model:
         return settings
@@ -89,6 +89,7 @@ def fill_defaults(settings: S, model: str, demo_model: str) -> S:
         if "other" in field.metadata
         and getattr(settings, field.name) == field.default
         and field.name not in getattr(settings, "_given", ())
+        and (names is None or field.name in names)
     }
     if values and rank() == 0:
         shown = ", ".join(f"{name} {'all' if value is None else value}" for name, value in values.items())

@@ -2,7 +2,7 @@
 
 from thor.engines.base import Completion, Engine, Request, StopRule, is_reproducible
 from thor.engines.hf import HFEngine, NoRoomError
-from thor.engines.http import HTTPEngine, ServerError
+from thor.engines.http import HTTPEngine, RequestRejected, ServerError
 from thor.engines.vllm import VLLMEngine
 from thor.training import load_model, model_source
 
@@ -13,6 +13,7 @@ __all__ = [
     "HTTPEngine",
     "NoRoomError",
     "Request",
+    "RequestRejected",
     "ServerError",
     "StopRule",
     "VLLMEngine",

@@ -27,10 +27,19 @@ BACKOFF, MAX_BACKOFF = 0.5, 30.0  # seconds before the first retry, doubled for 
 POLL_INTERVAL = 0.005  # seconds
 DRAIN_TIMEOUT = 3.0  # seconds for the rest of a stream after the last token that is needed
 RETRY_STATUSES = (429, 500, 502, 503, 504)
+REJECT_STATUSES = (400, 413, 422)  # the fault is in this request; others, such as 401 or 404, would hit every request
 
 
 class ServerError(UserError, ConnectionError):
     """The server is not reachable, is not a suitable vLLM server, or failed too often. The message is one line."""
+
+
+class RequestRejected(ServerError):
+    """The server rejects one request, and would reject it again."""
+
+    def __init__(self, message: str, request_id: str) -> None:
+        super().__init__(message)
+        self.request_id = request_id
 
 
 class HTTPEngine:
@@ -195,8 +204,11 @@ class HTTPEngine:
                                 await asyncio.wait_for(_drain(lines), DRAIN_TIMEOUT)
                     else:
                         fault = f"{response.status_code}: {_error_message(await response.aread())}"
+                        message = f"{self.url}: rejected the request with {fault}"
+                        if response.status_code in REJECT_STATUSES:
+                            raise RequestRejected(message, request.id)
                         if response.status_code not in RETRY_STATUSES:
-                            raise ServerError(f"{self.url}: rejected the request with {fault}")
+                            raise ServerError(message)
             except httpx2.RequestError as error:
                 fault = f"{type(error).__name__} {error}".strip()
                 timeouts += isinstance(error, (httpx2.ReadTimeout, httpx2.WriteTimeout))

@@ -29,7 +29,7 @@ class Draft:
     statuses: list[str] = field(default_factory=list)  # execution status of each entry of `codes`
     finished: bool = False  # the actor ended it
     # why it was given up: 'code_failed' | 'block_too_long' | 'claimed_output' | 'empty_step' | 'empty_thought' |
-    # 'too_long' | 'infra'
+    # 'too_long' | 'infra' | 'rejected' (by the model server)
     dropped: str = ""
     correct: bool = False  # finished, and the answer is verified
     rejected: Counter[str] = field(default_factory=Counter)  # replies of the critic that broke its contract, by reason

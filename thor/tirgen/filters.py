@@ -216,7 +216,7 @@ class Rates:
     plain_correct: int = 0
 
     def count(self, draft: Draft) -> None:
-        if draft.dropped == "infra":  # says nothing about the problem
+        if draft.dropped in ("infra", "rejected"):  # says nothing about the problem
             return
         if draft.plain:
             self.plain_tries += 1

@@ -1,11 +1,14 @@
-"""Which problems a run works on: those of its shard that are not also in a test set."""
+"""Which problems a run works on: those of its shard that are not also in a test set; and its tries at them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+from thor.demo import nearest_demonstrations
 from thor.settings import UserError
+from thor.tirgen.roles import FEW_SHOT
 from thor.trajectory import Problem
 
 NGRAM = 13  # words
@@ -54,3 +57,16 @@ def take_shard(problems: list[Problem], shard: str) -> list[Problem]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--shard {shard}: must be i/n with i from 1 to n, such as 1/8")
     return problems[int(match[1]) - 1 :: int(match[2])]
+
+
+def list_tries(problems: list[Problem], settings: Any) -> Iterator[tuple[str, Problem, bool]]:
+    """(name, problem, whether it is plain reasoning) of all tries.
+
+    Those of a problem, and of problems with the same demonstrations, are neighbours, so that their common prefix stays
+    in the engine's cache.
+    """
+    if settings.actor_prompt == FEW_SHOT:
+        problems = sorted(problems, key=lambda p: [d.question for d in nearest_demonstrations(p.question)])
+    for problem in problems:
+        yield from ((f"{problem.id}#{k}", problem, False) for k in range(settings.tries))
+        yield from ((f"{problem.id}#plain{k}", problem, True) for k in range(settings.plain_tries))

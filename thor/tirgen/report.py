@@ -127,7 +127,7 @@ def preview(drafts: Iterable[Draft], stream=None) -> None:
 
 def dry_run(problems: list[Problem], excluded: dict[str, int], prompts: Prompts, settings: Any) -> str:
     """What a run would do: the prompts for the first problem, and the number of tries."""
-    question = problems[0].question
+    question = problems[0].question if problems else QUESTION
     lines = []
     for name, prompt in zip(prompts._fields, prompts, strict=True):
         if name != "judge" or settings.critic_calls == 2:

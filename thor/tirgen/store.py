@@ -59,9 +59,21 @@ def read_names(path: Path) -> set[str]:
 def _records(path: Path) -> Iterator[tuple[Where, dict]]:
     offset = 0
     with path.open("rb") as file:
-        for line in file:
-            yield Where(path, offset), json.loads(line)
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: no complete line of JSON; --resume its run first") from error
+            yield Where(path, offset), record
             offset += len(line)
+
+
+def read_summary(folder: Path) -> dict:
+    """summary.json of a run that has ended."""
+    try:
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{folder}: has no summary.json; let its run end first") from error
 
 
 def to_row(draft: Draft, rates: Rates) -> dict:
