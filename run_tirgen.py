@@ -221,7 +221,7 @@ class ActorCritic:
                 draft.dropped = "empty_thought"
                 return None
         for attempt in range(self.settings.code_tries):
-            if attempt or not rewrite.code:
+            if asked := attempt or not rewrite.code:
                 rewrites, fault, reply = yield from self.ask_critic(draft, [replaced], told)
                 if not fault and not rewrites:  # "none", or dropped
                     return None
@@ -244,7 +244,7 @@ class ActorCritic:
                 told = feedback(text, f"its code failed with {result.observation()}")
             else:
                 draft.rejected[fault] += 1
-                told = feedback(reply or text, FAULTS[fault])
+                told = feedback(reply if asked else text, FAULTS[fault])
         if fault == "code_failed":
             draft.dropped = fault
         return None
@@ -253,6 +253,9 @@ class ActorCritic:
         """Show the critic a step. Returns (rewrites, fault, reply); neither rewrites nor a fault if it says none."""
         role = self.judge_role if judge else self.critic_role
         prompt = role.prompt(draft.problem.question, draft.text, parts, told)
+        if len(prompt[0]) >= self.critic.context:
+            draft.rejected["too_long"] += 1
+            return [], "", ""
         stop = CriticStop(role.thinks, one_block=len(parts) == 1 and not judge)
         reply, _ = yield from self.ask(draft, "critic", prompt, self.settings.code_tokens, stop)
         answer = contract.skip_thought(reply, role.thinks)

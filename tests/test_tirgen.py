@@ -167,6 +167,18 @@ def test_prompt_longer_than_the_context_drops_the_draft(tokenizer):
     assert draft.dropped == "too_long" and not engine.requests
 
 
+def test_a_step_that_does_not_fit_into_the_critic_is_kept():
+    def reply(request, turn):
+        return "So it is \\boxed{4}."
+
+    actor = ScriptedEngine(chat_tokenizer(), reply)
+    critic = ScriptedEngine(chat_tokenizer(), reply, context=100)
+    chat = Prompts(*(TIRGEN_PROMPTS[name] for name in ("actor", "critic", "judge")))
+    loop = ActorCritic(actor, critic, chat, resolve(Settings(step_tokens=400, code_tokens=400, max_tokens=4000)))
+    [draft] = drive([loop.generate(PROBLEM, "p#0")], actor, ScriptedExecutor(adds), grade=grade)
+    assert draft.correct and draft.rejected == {"too_long": 1} and not critic.requests
+
+
 def test_actor_and_critic_sample_with_settings_of_their_own(tokenizer):
     _, engine = build(tokenizer, ["Add the numbers.\n", "\\boxed{4}\n"], [BLOCK, "none\n"], temperature=0.6, top_k=30)
     assert {(r.temperature, r.top_k) for r in engine.requests} == {(0.6, 30)}

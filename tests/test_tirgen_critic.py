@@ -25,7 +25,7 @@ from thor.tirgen.critic import (
     states_output,
 )
 from thor.tirgen.draft import thought_span
-from thor.tirgen.roles import ChatCritic, StepStop, encode_segments, load_prompts
+from thor.tirgen.roles import ChatCritic, StepStop, encode_segments, feedback, load_prompts
 from thor.trajectory import ExecResult
 
 BLOCK = "Add.\n```python\nprint(2 + 2)\n```"
@@ -50,6 +50,13 @@ def read_until(stop, text: str) -> str:
         ("1. Add 2.5 to x.\n2. Halve it.", ["1. Add 2.5 to x.\n", "2. Halve it."]),
         ("So\n\\[ x = 1.\n y = 2 \\]\nholds.", ["So\n", "\\[ x = 1.\n y = 2 \\]\n", "holds."]),
         ("So\n$$ x = 1.\n y = 2 $$\nholds.", ["So\n", "$$ x = 1.\n y = 2 $$\n", "holds."]),
+        (
+            "So\n\\begin{align}\nx &= 1 \\\\\ny &= 2\n\\end{align}\nB.",
+            ["So\n", "\\begin{align}\nx &= 1 \\\\\ny &= 2\n\\end{align}\n", "B."],
+        ),
+        ("Has \\( x =\n3 \\). So\nit.", ["Has \\( x =\n3 \\). ", "So\n", "it."]),
+        ("So $x = 1. 5 + 2$ and. C\nd", ["So $x = 1. 5 + 2$ and. ", "C\n", "d"]),
+        ("At $7 each. Then $x. 5\nd", ["At $7 each. ", "Then $x. 5\n", "d"]),
         ("x" * 400 + ". y", ["x" * 400 + ". ", "y"]),  # one line, but a long one
     ],
 )
@@ -219,6 +226,16 @@ QUESTION = "Natalia sold 48 clips in April and half as many in May. How many in 
         ("Add the clips sold in May.", "print(72)", "predicts_output"),  # nothing is computed
         ("Add the clips sold in May.", "x = 72\nprint(f'{x}')", "predicts_output"),
         ("Add the clips, which are 3.", "print(48 % 5)", "predicts_output"),
+        ("Add the clips sold in May.", "print(int('72'))", "predicts_output"),
+        ("Add the clips sold in May.", "print(round(72.0))", "predicts_output"),
+        ("Add the clips sold in May.", "print('{}'.format(72))", "predicts_output"),
+        ("Add the clips sold in May.", "t = 48\nt += 24\nprint(t)", ""),
+        ("Add the clips sold in May.", "print('48'[::-1])", ""),
+        ("Add the clips sold in May.", "print(not 48)", ""),
+        ("Add the clips sold in May.", "print(int('1001000', 2))", ""),
+        ("Take 50% of the 48 clips and add.", "print(48 + 0.5 * 48)", ""),
+        ("Increase the 48 clips by 50\\%.", "print(48 * 1.5)", ""),
+        ("Take 60% of the 48 clips and add.", "print(48 + 0.5 * 48)", "predicts_output"),
         ("Add the clips. The answer is \\boxed{72}.", "print(48 + 24)", "goes_on"),
         ("Add the clips.", "print('\\\\boxed{', 48 + 24, '}')", "goes_on"),
         ("Add the clips.\n```output\n72\n```", "print(48 + 24)", "goes_on"),
@@ -240,6 +257,36 @@ def test_demonstrations_keep_the_contract():
 def test_a_stated_output_is_one_that_was_not_known_before():
     assert states_output("The sum of 20 and 30, namely 50.", "50.0\n", "")
     assert not states_output("The sum of 20 and 30.", "50\n", "") and not states_output("It is 50.", "50\n", "50 clips")
+
+
+@pytest.mark.parametrize(
+    ("logic", "output", "stated"),
+    [
+        ("It is x - y.", "x - y\n", True),
+        ("Subtract, so that it is True.", "True\n", True),
+        ("Check whether it is true.", "True\n", False),
+        ("Simplify the sum of x and y.", "x - y\n", False),
+        ("It is", "\n", False),
+    ],
+)
+def test_an_output_without_numbers_may_be_stated_too(logic, output, stated):
+    assert states_output(logic, output, "") is stated
+
+
+def test_a_paraphrase_in_chinese_keeps_the_contract():
+    question = "小明四月卖了48个夹子，五月卖了一半。一共卖了多少？"
+    step = "五月卖出的是48的一半，也就是24个，所以一共是48+24=72个。"
+    rewrite = Rewrite(0, 0, "计算四月的48个与五月卖出的一半之和。", "print(48 + 48 // 2)")
+    assert contract_fault(rewrite, step, question) == ""
+    other = Rewrite(0, 0, "考虑三角形内角满足恒等式", "print(48 + 48 // 2)")
+    assert contract_fault(other, step, question) == "changes_reasoning"
+
+
+def test_a_critic_without_an_answer_is_not_shown_one():
+    assert feedback(" ", "it did not end") == (
+        "\n\nYour last answer cannot be used: it did not end. Answer again, in the same form."
+    )
+    assert "was:\nx\n\nIt cannot be used" in feedback("x\n", "it did not end")
 
 
 def test_numbers_have_one_spelling():
@@ -332,6 +379,10 @@ def test_prompts_come_from_names_and_files(tmp_path):
         load_prompts("actor", str(path), "judge")
     with pytest.raises(UserError, match="--actor_prompt magic: no such file"):
         load_prompts("magic", "critic", "judge")
+    with pytest.raises(UserError, match="--actor_prompt critic: is a prompt of the critic"):
+        load_prompts("critic", "critic", "judge")
+    with pytest.raises(UserError, match="--judge_prompt few-shot: no such file"):
+        load_prompts("actor", "critic", "few-shot")
 
 
 def test_the_opened_thought_is_not_encoded_twice():

@@ -130,6 +130,8 @@ def test_dollars_of_prices_are_no_math(prose, balanced):
         ("Let α and β be the roots, Δ = 5, and ∑ is 3π.", True),
         ("Поэтому ответ: $x + y = \\text{four}$", True),
         ("Поэтому the answer is 4", False),
+        ("所以答案是四。Поэтому ответ четыре", False),
+        ("答えは四です。そして五です。", True),
         ("Thus the answer is 4. " * 20 + "好的", True),  # a word in twenty sentences
         ("", True),
     ],
@@ -199,6 +201,9 @@ def test_stage_3_drops_repetitive_text():
     twenty = "abcdefghijklmnopqrst"
     assert not repetition_fault(draft(twenty * 20), SETTINGS)
     assert repetition_fault(draft(twenty * 21), SETTINGS) == "repetition"
+    long_output = draft()
+    long_output.append_block("A.\n```python\nprint(10**60)\n```\n", "print(10**60)", ExecResult("ok", str(10**60)))
+    assert not repetition_fault(long_output, SETTINGS), "zeros in tool output are no repetition of the policy"
 
 
 @given(st.text("ab", max_size=200), st.integers(1, 5))
@@ -215,6 +220,7 @@ def test_the_highest_count_is_that_of_a_slow_count(text, n):
         ("print('for x in range(3): sum')", False),  # words in a string
         ("import math\nprint(2)", False),  # imported, but not used
         ("print(round(float('3.5')))", False),
+        ("print('{}'.format(2 + 2), str(4).zfill(3), f'{4}'.strip())", False),
         ("import math\nprint(math.gcd(4, 6))", True),
         ("from sympy import symbols, solve\nx = symbols('x')\nprint(solve(x - 1, x))", True),
         ("print(pow(2, 3, 5))", True),

@@ -299,6 +299,20 @@ def test_problems_of_test_sets_are_found():
     assert Problem("x", " ".join(LONG.split()[:12]) + " then stops") not in overlap, "12 words in a row"
 
 
+def test_operators_and_set_phrases_of_test_sets():
+    phrase = "where m and n are relatively prime positive integers, then find the sum m + n"
+    overlap = Overlap(
+        [Problem("a", "What is 2 + 2?"), Problem("b", "Solve x^2 - 5x + 6 = 0")]
+        + [Problem(str(i), f"The probability for {i} dice is m/n, {phrase}.") for i in (3, 5, 5)]
+        + [Problem("c", "小明四月卖了48个夹子，五月卖了一半。一共卖了多少？")]
+    )
+    assert Problem("x", "What is 2 - 2?") not in overlap and Problem("x", "Solve $x^2-5x+6=0$.") in overlap
+    assert Problem("x", "Solve x^2 + 5x - 6 = 0") not in overlap
+    assert Problem("x", f"The area of a square is m/n, {phrase}.") not in overlap, "in two test questions"
+    assert Problem("x", f"The probability for 5 dice is m/n, {phrase}.") in overlap
+    assert Problem("x", "昨天：小明四月卖了48个夹子，五月卖了一半。为什么？") in overlap
+
+
 def test_excluded_problems_are_counted_by_test_set():
     problems = [Problem(str(i), f"What is {i}?") for i in range(10)]
     sets = {"one": problems[:3], "two": problems[2:5]}

@@ -13,6 +13,7 @@ from thor.text import FenceParser
 from thor.tirgen.draft import END_THINK, THINK
 from thor.trajectory import ExecResult
 
+MATH = ((r"\[", r"\]"), (r"\(", r"\)"), (r"\begin{", r"\end{"))
 LONG_LINE = 300  # characters above which a single line is shown in parts
 
 
@@ -32,19 +33,25 @@ class Rewrite:
 def split_parts(text: str) -> list[str]:
     """Cut a step into parts whose concatenation is the step: sentences and lines, or the whole if it is one short line.
 
-    Displayed formulas and list markers stay with what follows them.
+    Formulas, environments and list markers stay with what follows them.
     """
     if "\n" not in text.strip() and len(text) <= LONG_LINE:
         return [text]
     parts: list[str] = []
     for piece in re.findall(r"\s*(?:[^\n.!?]|[.!?](?!\s))*(?:[.!?]+(?=\s)|\n|$)\s*", text):
         last = parts[-1] if parts else ""
-        unfinished = last.count(r"\[") > last.count(r"\]") or last.count("$$") % 2
-        if parts and (unfinished or re.fullmatch(r"\W*(?:\w{1,2}[.)])?\s*", last)):
+        if parts and (_is_open_math(last) or re.fullmatch(r"\W*(?:\w{1,2}[.)])?\s*", last)):
             parts[-1] += piece
         elif piece:
             parts.append(piece)
     return parts
+
+
+def _is_open_math(part: str) -> bool:
+    """Whether a part ends inside a formula. An inline formula with dollar signs ends with its line at the latest."""
+    if any(part.count(opening) > part.count(closing) for opening, closing in MATH) or part.count("$$") % 2:
+        return True
+    return not part.endswith("\n") and bool(re.search(r"\$[^\s\d$.,;:!?)]", re.sub(r"\$[^$\n]*\$", "", part)))
 
 
 def show_parts(parts: list[str]) -> str:
@@ -202,7 +209,7 @@ def contract_fault(rewrite: Rewrite, step: str, known: str) -> str:
         return "no_reasoning"
     if re.search(r"```|\\boxed|\\fbox|</?think>", logic) or "\\boxed" in code or len(logic) > 2 * len(step) + 200:
         return "goes_on"
-    if is_constant(code) or claimed_numbers(logic) - numbers(known) - numbers(code):
+    if is_constant(code) or claimed_numbers(logic) - numbers(known) - numbers(code) - percentages(logic, code):
         return "predicts_output"
     own = words(logic) | numbers(logic)
     new = own - words(f"{known} {step} {code}") - numbers(f"{known} {step}")
@@ -213,21 +220,66 @@ def contract_fault(rewrite: Rewrite, step: str, known: str) -> str:
 
 def states_output(logic: str, output: str, known: str) -> bool:
     """Whether reasoning already claims what the code then printed, and nothing before it did."""
-    return bool(claimed_numbers(logic) & numbers(output) - numbers(known))
+    if numbers(output):
+        return bool(claimed_numbers(logic) & numbers(output) - numbers(known))
+    asks = re.search(r"\b(?:whether|if)\b", logic, re.IGNORECASE)  # "Check whether it is true" claims nothing
+    stated = re.search(rf"{RESULT}\s{{0,3}}\W{{0,3}}{_spaced(output)}(?!\w)", logic, re.IGNORECASE)
+    return bool(output.strip() and stated and not asks)
+
+
+def _spaced(output: str) -> str:
+    """A pattern for the start of an output, with any spaces between its words and signs."""
+    return r"\s*".join(map(re.escape, re.findall(r"\w+|\S", output[:200])))
+
+
+PLAIN_CALLS = {"print", "str", "int", "float", "bool", "round", "abs", "len", "repr", "format", "type", "list", "tuple"}
+WORK = (
+    ast.BinOp,
+    ast.AugAssign,
+    ast.Compare,
+    ast.BoolOp,
+    ast.Not,
+    ast.Subscript,
+    ast.comprehension,
+    ast.For,
+    ast.While,
+)
+
+
+def parse_nodes(code: str) -> list[ast.AST] | None:
+    """All nodes of the syntax tree, or None if the code cannot be parsed."""
+    try:
+        return list(ast.walk(ast.parse(code)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def is_plain_call(call: ast.Call) -> bool:
+    """Whether a call only prints, converts or formats."""
+    function = call.func
+    if isinstance(function, ast.Attribute):  # a method of a string
+        text = function.value
+        return isinstance(text, (ast.Constant, ast.JoinedStr)) or (isinstance(text, ast.Call) and is_plain_call(text))
+    return isinstance(function, ast.Name) and function.id in PLAIN_CALLS
 
 
 def is_constant(code: str) -> bool:
     """Whether code prints values that were worked out by hand. Code that cannot be parsed is left to its run."""
-    try:
-        nodes = list(ast.walk(ast.parse(code)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    nodes = parse_nodes(code)
+    if nodes is None or any(isinstance(node, WORK) for node in nodes):
         return False
     calls = [node for node in nodes if isinstance(node, ast.Call)]
-    printed = all(isinstance(call.func, ast.Name) and call.func.id in ("print", "str") for call in calls)
-    work = (ast.BinOp, ast.Compare, ast.comprehension, ast.For, ast.While)
-    return printed and not any(isinstance(node, work) for node in nodes)
+    # abs, len and int in another base do compute
+    return all(
+        is_plain_call(c) and not (_name(c) in ("abs", "len") or (_name(c) == "int" and c.args[1:])) for c in calls
+    )
 
 
+def _name(call: ast.Call) -> str:
+    return getattr(call.func, "id", "")
+
+
+CJK = "\u3040-\u30ff\u3400-\u9fff"
 NUMBER = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?")
 
 
@@ -248,9 +300,18 @@ def claimed_numbers(logic: str) -> set[str]:
     return numbers(text) - (small - set(stated))
 
 
+def percentages(logic: str, code: str) -> set[str]:
+    """The numbers before a percent sign that code has as a fraction: 20% as 0.2, 1.2 or 0.8."""
+    factors, found = set(values(code)), set()
+    for number in re.findall(rf"({NUMBER.pattern})\s?\\?%", logic):
+        share = Decimal(number.replace(",", "")) / 100
+        found |= numbers(number) if factors & {share, 1 + share, 1 - share} else set()
+    return found
+
+
 def words(text: str) -> set[str]:
-    """Lower-case words of three letters or more, with underscores as spaces."""
-    return set(re.findall(r"[^\W\d_]{3,}", text.lower()))
+    """Lower-case words of three letters or more, with underscores as spaces. Each character of Chinese is a word."""
+    return set(re.findall(rf"[{CJK}]|(?:(?![{CJK}])[^\W\d_]){{3,}}", text.lower()))
 
 
 RESULT = r"(?:=|≈|\bis|\bare|\bgives?|\bgets?|\bequals?|\bobtains?)"  # what announces a result
@@ -278,8 +339,7 @@ def agrees(output: str, replaced: str, known: str = "", rest: Iterable[str] = ()
     """
     found = values(output)
     if not found:
-        word = r"\s*".join(map(re.escape, re.findall(r"\w+|\S", output[:200])))
-        return bool(re.search(rf"(?<!\w){word}(?!\w)", replaced, re.IGNORECASE))
+        return bool(re.search(rf"(?<!\w){_spaced(output)}(?!\w)", replaced, re.IGNORECASE))
     for text in (replaced, *rest):
         if claims := results(text, known):
             return all(any(_is_rounded(number, claim) for claim in claims) for number in found)

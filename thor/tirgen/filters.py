@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from thor.settings import derive_seed, setting
-from thor.tirgen.critic import first_block
+from thor.tirgen.critic import CJK, first_block, is_plain_call, parse_nodes
 from thor.tirgen.draft import END_THINK, THINK, Draft
 
 
@@ -86,8 +86,8 @@ FENCE = re.compile(r"^\s*(```|~~~)", re.MULTILINE)
 
 
 def repetition_fault(draft: Draft, settings: FilterSettings) -> str:
-    """Stage 3: no substring of 20 characters occurs more than 20 times."""
-    return "repetition" if highest_count(draft.text, 20) > 20 else ""
+    """Stage 3: no substring of 20 characters occurs more than 20 times. Tool output does not count."""
+    return "repetition" if highest_count(draft.policy_text, 20) > 20 else ""
 
 
 def code_fault(draft: Draft, settings: FilterSettings) -> str:
@@ -158,9 +158,12 @@ def has_one_language(prose: str) -> bool:
     """
     text = re.sub(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+(\{[^{}]*\})?", " ", prose, flags=re.DOTALL)
     latin = sum(map(len, re.findall(r"[A-Za-z\u00c0-\u024f]{4,}", text)))
-    # Cyrillic to Thai; kana and CJK; Hangul
-    other = len(re.findall(r"[\u0400-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", text))
-    return min(latin, other) <= 0.05 * (latin + other)
+    others = (len(re.findall(f"[{script}]", text)) for script in SCRIPTS)
+    *rest, most = sorted([latin, *others])
+    return sum(rest) <= 0.05 * (sum(rest) + most)
+
+
+SCRIPTS = ("\u0400-\u052f", "\u0530-\u0e7f", CJK, "\uac00-\ud7af")  # Cyrillic; Armenian to Thai; CJK; Hangul
 
 
 def highest_count(text: str, n: int) -> int:
@@ -179,19 +182,12 @@ def highest_count(text: str, n: int) -> int:
 
 CONTROL_FLOW = (ast.For, ast.While, ast.If, ast.IfExp, ast.FunctionDef, ast.Lambda, ast.ClassDef, ast.Try, ast.With)
 CONTROL_FLOW += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Match)
-PLAIN_CALLS = {"print", "str", "int", "float", "bool", "round", "abs", "len", "repr", "format", "type", "list", "tuple"}
 
 
 def is_substantial(code: str) -> bool:
     """Whether code uses control flow, or calls more than what prints and converts values. Judged on its syntax tree."""
-    try:
-        nodes = list(ast.walk(ast.parse(code)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
-    return any(isinstance(node, CONTROL_FLOW) for node in nodes) or any(
-        not (isinstance(call, ast.Name) and call.id in PLAIN_CALLS) for call in calls
-    )
+    nodes = parse_nodes(code) or []
+    return any(isinstance(n, CONTROL_FLOW) or (isinstance(n, ast.Call) and not is_plain_call(n)) for n in nodes)
 
 
 # ---- stages 5 and 6: choose among those that passed -----------------------------------------------------------------

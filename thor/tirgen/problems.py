@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from thor.demo import nearest_demonstrations
 from thor.settings import UserError
+from thor.tirgen.critic import CJK
 from thor.tirgen.roles import FEW_SHOT
 from thor.trajectory import Problem
 
@@ -15,20 +17,29 @@ NGRAM = 13  # words
 
 
 def normalize(question: str) -> list[str]:
-    """The words and numbers of a question in lower case, without punctuation and LaTeX commands' backslashes."""
-    return re.findall(r"[^\W_]+", question.lower())
+    """The words, numbers and operators of a question in lower case. Each character of Chinese is a word.
+
+    Other punctuation, hyphens in words and the backslashes of LaTeX commands have no effect.
+    """
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", question.lower())
+    return re.findall(rf"[{CJK}]|(?:(?![{CJK}])[^\W_])+|[-+*/^=<>]", text)
 
 
 class Overlap:
-    """Finds problems whose question has the same words as one of a test set, or 13 words in a row from one."""
+    """Finds problems whose question has the same words as one of a test set, or 13 words in a row from one.
+
+    Rows that occur in several questions are set phrases, such as how to write the answer, and do not count.
+    """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.questions: set[int] = set()
-        self.ngrams: set[int] = set()
+        counts: Counter[int] = Counter()
         for problem in problems:
             words = normalize(problem.question)
+            if hash(tuple(words)) not in self.questions:
+                counts.update(ngrams(words))
             self.questions.add(hash(tuple(words)))
-            self.ngrams.update(ngrams(words))
+        self.ngrams = {ngram for ngram, count in counts.items() if count == 1}
 
     def __contains__(self, problem: Problem) -> bool:
         words = normalize(problem.question)

@@ -59,7 +59,7 @@ def load_prompts(actor_prompt: str, critic_prompt: str, judge_prompt: str) -> Pr
     flags = {"actor_prompt": actor_prompt, "critic_prompt": critic_prompt, "judge_prompt": judge_prompt}
     prompts = []
     for flag, name in flags.items():
-        known = {FEW_SHOT: FEW_SHOT, **TIRGEN_PROMPTS}
+        known = dict(TIRGEN_PROMPTS) if flag == "judge_prompt" else {FEW_SHOT: FEW_SHOT, **TIRGEN_PROMPTS}
         try:
             prompt = known[name] if name in known else load_prompt(name)
         except ValueError as error:
@@ -67,6 +67,8 @@ def load_prompts(actor_prompt: str, critic_prompt: str, judge_prompt: str) -> Pr
         missing = [] if flag == "actor_prompt" or prompt == FEW_SHOT else [f for f in FIELDS if f not in prompt.user]
         if missing:
             raise UserError(f"--{flag} {name}: user: must contain {', '.join(missing)}")
+        if flag == "actor_prompt" and prompt != FEW_SHOT and FIELDS[-1] in prompt.user:
+            raise UserError(f"--{flag} {name}: is a prompt of the critic, because it contains {FIELDS[-1]}")
         prompts.append(prompt)
     return Prompts(*prompts)
 
@@ -242,4 +244,5 @@ def make_critic(tokenizer, prompt: Prompt | str) -> FewShotCritic | ChatCritic:
 
 def feedback(reply: str, reason: str) -> str:
     """What a critic whose reply could not be used is told."""
-    return f"\n\nYour last answer was:\n{reply.strip()}\n\nIt cannot be used: {reason}. Answer again, in the same form."
+    shown = f"Your last answer was:\n{reply.strip()}\n\nIt" if reply.strip() else "Your last answer"
+    return f"\n\n{shown} cannot be used: {reason}. Answer again, in the same form."
