@@ -16,9 +16,22 @@ from fractions import Fraction
 from thor.equivalence.clean import clean
 from thor.equivalence.names import INFINITY
 from thor.equivalence.reader import read
-from thor.equivalence.tree import Node, children, negative, number, product, quotient, replace, variables, walk
+from thor.equivalence.tree import (
+    Node,
+    ascending,
+    children,
+    negative,
+    number,
+    product,
+    quotient,
+    replace,
+    variables,
+    walk,
+)
+from thor.equivalence.units import TEXT, UNIT, canonical_unit
 
-MAX_BITS = 1 << 13  # of the numerator and the denominator of an exact number
+MAX_BITS = 1 << 13  # of the numerator and the denominator of an exact number in the caller's process
+LEAST_SLACK = Fraction(8, 10**17)  # relative, of floats, which have at most 17 digits
 Nodes = tuple[Node, ...]
 Identical = Callable[[Node, Node, bool], bool]  # (prediction, gold, up to a positive constant factor)
 
@@ -28,7 +41,7 @@ class Undecided(Exception):
 
 
 class TooLarge(Exception):
-    """An exact number has more than MAX_BITS bits."""
+    """An exact number has too many bits."""
 
 
 def undecided(prediction: Node, gold: Node, up_to_factor: bool) -> bool:
@@ -43,12 +56,10 @@ CHOICE = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 OTHER_CHOICE = re.compile(r"(?<!\w)\([A-J]\)|(?<!\w)[A-J][.:)]|^[A-J]$")  # in the text of a choice: (C) 12 (D) 13
-TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
-SHORT_UNIT = re.compile(
-    r"((?:\w+\s*=\s*)?[-+]?[\d.,/]+(?:\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+))?)\s+"
-    r"([mgshLJNWVAKC](?:\^(?:[23]|\{[23]\}))?)"
-)
+POWER_OF_TEN = r"10\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)"
+NUMBER = rf"[-+]?(?:{POWER_OF_TEN}|[\d.,/]+(?:[eE][-+]?\d+|\s*(?:\\times|\\cdot|\*)\s*{POWER_OF_TEN})?)"
+SHORT_UNIT = re.compile(rf"((?:\w+\s*=\s*)?(?:{NUMBER}|\({NUMBER}\)))(?:\s+|(?<=[)}}]))({UNIT.pattern})")
 
 
 def equal(prediction: str, gold: str, identical: Identical) -> bool:
@@ -89,8 +100,9 @@ def _choice(text: str) -> tuple[str, str]:
 
 def _readings(text: str, short_units: bool = False) -> Iterator[Node]:
     """Yield the possible trees: 1,234 is one number or two; in a prediction, "5 m" is five meters or a product."""
-    unit = SHORT_UNIT.fullmatch(text) if short_units else None
-    for reading in (rf"{unit[1]}\text{{{unit[2]}}}", text) if unit else (text,):
+    match = SHORT_UNIT.fullmatch(text) if short_units else None
+    unit = canonical_unit(match[2], single_letters=True) if match else None
+    for reading in (text,) if unit is None else (rf"{match[1]}\text{{{unit or 'units'}}}", text):
         for commas in (True, False) if THOUSANDS.search(text) else (False,):
             node = read(reading, commas)
             if node is not None:
@@ -194,7 +206,7 @@ def _same_relation(node: Node, gold: Node, identical: Identical) -> bool:
     if gold.op != "rel":
         value = node.args[1][-1] if _is_equation(node) else _interval(node)
         return value is not None and same(value, gold, identical)
-    (operators, sides), (gold_operators, gold_sides) = _ascending(node), _ascending(gold)
+    (operators, sides), (gold_operators, gold_sides) = ascending(node), ascending(gold)
     if operators != gold_operators:  # x \in (2, 5) is 2 < x < 5
         value, gold_value = _interval(node) or sides[-1], _interval(gold) or gold_sides[-1]
         return value.op == gold_value.op == "group" and same(value, gold_value, identical)
@@ -219,19 +231,9 @@ def _is_name(node: Node) -> bool:
     return node.op in ("sym", "text") or (node.op in ("mul", "group") and all(map(_is_name, children(node.args))))
 
 
-def _ascending(node: Node) -> tuple[tuple[str, ...], Nodes]:
-    """Write x > 5 as 5 < x, and a = b = c as a = c."""
-    operators, sides = node.args
-    if _is_equation(node):
-        return ("=",), (sides[0], sides[-1])
-    if set(operators) <= {">", ">="}:
-        return tuple(operator.replace(">", "<") for operator in operators[::-1]), sides[::-1]
-    return operators, sides
-
-
 def _interval(node: Node) -> Node | None:
     """x < 5 is (-oo, 5), and 2 < x <= 5 is (2, 5]."""
-    operators, sides = _ascending(node)
+    operators, sides = ascending(node)
     if len(sides) == 2 and sides[0].op == "sym":
         operators, sides = ("<", *operators), (negative(INFINITY), *sides)
     elif len(sides) == 2:
@@ -272,12 +274,24 @@ def _same_value(node: Node, gold: Node, identical: Identical) -> bool:
         return False
     node, gold = _from_python(node, variables(gold)), _from_python(gold, variables(node))
     try:
-        value, gold_value = exact(node), exact(gold)
+        same = same_rational(node, gold, MAX_BITS)
     except TooLarge:
-        return False
+        same = None
+    return identical(node, gold, False) if same is None else same
+
+
+def same_rational(node: Node, gold: Node, max_bits: int) -> bool | None:
+    """Compare two rational numbers exactly, or return None if one of the trees is another expression.
+
+    Raises TooLarge if the numerator or denominator of a value in between exceeds `max_bits`.
+    """
+    value, gold_value = exact(node, max_bits), exact(gold, max_bits)
     if value is None or gold_value is None:
-        return identical(node, gold, False)
-    return value == gold_value or abs(value - gold_value) < tolerance(node, gold) * abs(value)
+        return None
+    slack = tolerance(node, gold)
+    if slack < LEAST_SLACK and all(pow(10, _bits(x), x.denominator) == 0 for x in (value, gold_value)):
+        slack = 0  # no float prints 1.00000000000000001 for 1
+    return value == gold_value or abs(value - gold_value) < slack * abs(value)
 
 
 def _quantity(node: Node) -> tuple[Node, str]:
@@ -318,49 +332,49 @@ def tolerance(node: Node, gold: Node) -> Fraction:
     return max(slack / abs(value) for value, slack in numbers + gold_numbers if value)
 
 
-def exact(node: Node) -> Fraction | None:
+def exact(node: Node, max_bits: int) -> Fraction | None:
     """Return the value of a tree of rational numbers, or None for any other tree."""
     if node.op == "num":
         return node.args[0]
     is_rational = node.op in ("add", "mul", "neg", "inv", "pow", "deg", "quantity") or node.args[0] == "factorial"
-    values = [exact(child) for child in children(node.args)] if is_rational else [None]
+    values = [exact(child, max_bits) for child in children(node.args)] if is_rational else [None]
     if None in values:
         return None
     match node.op:
         case "add":
-            return functools.reduce(lambda a, b: _checked(a + b), values)
+            return functools.reduce(lambda a, b: _checked(a + b, max_bits), values)
         case "mul":
-            return functools.reduce(lambda a, b: _checked(a * b), values)
+            return functools.reduce(lambda a, b: _checked(a * b, max_bits), values)
         case "neg":
             return -values[0]
         case "inv":
             return 1 / values[0] if values[0] else None
         case "pow":
-            return _power(*values)
+            return _power(*values, max_bits)
         case "call":
-            return _factorial(values[0])
+            return _factorial(values[0], max_bits)
         case _:
             return values[0]
 
 
-def _power(base: Fraction, exponent: Fraction) -> Fraction | None:
+def _power(base: Fraction, exponent: Fraction, max_bits: int) -> Fraction | None:
     if exponent.denominator != 1 or base == 0:
         return None
-    if _bits(base) * abs(exponent) > MAX_BITS:
+    if _bits(base) * abs(exponent) > max_bits:
         raise TooLarge
     return base ** int(exponent)
 
 
-def _factorial(value: Fraction) -> Fraction | None:
+def _factorial(value: Fraction, max_bits: int) -> Fraction | None:
     if value.denominator != 1 or value < 0:
         return None
-    if value > 800:  # 800! has 6540 bits
+    if value * _bits(value) > max_bits:
         raise TooLarge
     return Fraction(math.factorial(int(value)))
 
 
-def _checked(value: Fraction) -> Fraction:
-    if _bits(value) > MAX_BITS:
+def _checked(value: Fraction, max_bits: int) -> Fraction:
+    if _bits(value) > max_bits:
         raise TooLarge
     return value
 

@@ -16,6 +16,7 @@ FUNCTIONS = {
 }
 FUNCTIONS |= {name: name for name in ("exp", "ln", "log", "abs", "floor", "ceil", "factorial", "gcd", "lcm")}
 FUNCTIONS |= {name: name for name in ("max", "min", "re", "im", "conjugate", "sign")}
+FUNCTIONS |= {"sgn": "sign"}
 FUNCTIONS |= {"Abs": "abs", "ceiling": "ceil", "Max": "max", "Min": "min", "binomial": "binomial", "comb": "binomial"}
 FUNCTIONS |= {"sqrt": "root", "cbrt": "cbrt", "root": "root", "log2": "log2", "log10": "log10"}
 # What Python and sympy print with arguments in parentheses, besides functions.
@@ -29,3 +30,5 @@ CLOSING = {"(": r"[)\]]", "[": r"[)\]]", "{": r"\}", r"\{": r"\\\}", r"\langle":
 CLOSING |= {r"\lfloor": r"\\rfloor", r"\lceil": r"\\rceil", r"\lvert": r"\\rvert", r"\vert": r"\\vert"}
 ENCLOSED = {r"\lfloor": "floor", r"\lceil": "ceil", "|": "abs", r"\lvert": "abs", r"\vert": "abs"}
 UNREADABLE = {"sum", "int", "prod", "lim", "begin", "end", "iint", "oint", "over", "choose", "pmod", "mod", "bmod"}
+BASES = {"b": 2, "o": 8, "x": 16, "sixteen": 16}  # 0b101 and 101_{two}
+BASES |= dict(zip(("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"), range(2, 11), strict=True))

@@ -12,12 +12,13 @@ from fractions import Fraction
 
 from mpmath import mp
 
-from thor.equivalence.compare import tolerance
+from thor.equivalence.compare import TooLarge, same_rational, tolerance
 from thor.equivalence.names import TRIGONOMETRIC
 from thor.equivalence.tree import Node, children, variables, walk
 
 mp.dps = 100  # decimal digits of the values
 EPSILON = Fraction(1, 10**80)  # relative difference that counts as equal
+MAX_BITS = 1 << 18  # of exact numbers; 2024! has 19,000
 MAX_EXPONENT = 100_000  # values above 2^100000 or below 2^-100000 are not used; some functions would take long
 POINTS, ENOUGH = 12, 6  # points to try, and how many at which both expressions have a value decide
 ROUNDED_POINTS, ROUNDED_ENOUGH = (
@@ -35,6 +36,12 @@ FUNCTIONS = {
 
 def identical(node: Node, gold: Node, up_to_factor: bool = False) -> bool:
     """Return whether two expressions are equal, or with `up_to_factor` equal up to a positive constant factor."""
+    try:
+        same = same_rational(node, gold, MAX_BITS)
+    except TooLarge:
+        return False
+    if same is not None and not up_to_factor:
+        return same
     parts = [part.args for part in (*walk(node), *walk(gold)) if part.op == "call"]
     rounds = any(args[0] in ("floor", "ceil") for args in parts)
     bare_log = any(args[0] == "log" and len(args) == 2 for args in parts)

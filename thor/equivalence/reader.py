@@ -9,8 +9,8 @@ from fractions import Fraction
 from functools import lru_cache
 
 from thor.equivalence import names
-from thor.equivalence.clean import END, GREEK, SCALES
-from thor.equivalence.tree import Node, negative, number, product, quotient, walk
+from thor.equivalence.clean import END, GREEK, QUOTED, SCALES
+from thor.equivalence.tree import Node, chained, negative, number, product, quotient, walk
 from thor.equivalence.units import UNIT, canonical_unit
 
 MAX_DEPTH, MAX_SIGNS = 40, 3  # of brackets, arguments and exponents; of signs in a row, as in --1 and n!!
@@ -28,33 +28,29 @@ def _any(words) -> str:
 
 SEPARATOR, COLON, KEY = _token(r"[,;]\s*;?"), _token(":"), _token(r"[A-Za-z]\w*\s*:")
 RELATION, UNION = _token(f"({_any(names.RELATIONS)})"), _token(rf"\\cup{END}")
-LEADING_RELATION = _token(rf"(?:=|\\approx{END})")
+LEADING_RELATION, AND = _token(rf"(?:=|\\approx{END})"), _token(rf"(?:&|\\(?:land|wedge){END})")
 SIGN, POWER, SUBSCRIPT, POSTFIX = _token(rf"([-+]|\\[pm][pm]{END})"), _token(r"\^"), _token("_"), _token("(!(?!=)|°)")
 TIMES, OVER = _token(rf"(?:\*|\\(?:cdot|times){END})"), _token(rf"(?:/|\\div{END})")
 OPENING, PARENTHESIS, BAR = _token(f"({_any(names.CLOSING)})"), _token(r"\("), _token(r"\|")
 BRACE, BRACKET, SINGLE = _token(r"\{"), _token(r"\["), _token(r"(?:(\d)|([A-Za-z]))")
 # What starts a factor behind another one without a sign, as in 2\pi r.
-NOT_FACTORS = [name for name in names.RELATIONS if name[0] == "\\"] + [
-    r"\cup",
-    r"\cap",
-    r"\setminus",
-    r"\pm",
-    r"\mp",
-    r"\end",
-]
-NOT_FACTORS += [rf"\r{name}" for name in ("floor", "ceil", "vert", "angle")]
+NOT_FACTORS = [*(name for name in names.RELATIONS if name[0] == "\\"), r"\cup", r"\cap", r"\setminus", r"\pm", r"\mp"]
+NOT_FACTORS += [r"\end", *(rf"\r{name}" for name in ("floor", "ceil", "vert", "angle"))]
 FACTOR = _token(rf"(?=[A-Za-z(\[{{]|\\\{{|\\[A-Za-z])(?!{_any(NOT_FACTORS)})")
 ITEM_END = re.compile(r"\s*(?:$|[,;)\]}=<>]|\\\}|\\[a-z])")
 
 ARGUMENT = r"\s*(?:\{\s*(\d+)\s*\}|(\d))"
 MIXED = _token(rf"(\d+)\s*(?:\\frac{ARGUMENT}{ARGUMENT}|\s(\d+)\s*/\s*(\d+)(?![\d.]))")
-REPEATED = r"\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\)|(\d{1,6}?)\6{2,}(?:\.{3}|\\[lc]?dots)"
+REPEATED = r"\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))|\((\d+)\)|(\d{1,6}?)\6+(?:\.{3}|\\[lc]?dots)"
 REPEATING = _token(rf"(\d*)\.(\d{{0,20}}?)(?:{REPEATED})")
-NUMERAL = _token(r"(\d[0-9A-Z]*)\s*_\s*(?:(\d+)|\{\s*(\d+)\s*\}|\{\s*\\text\s*\{\s*(\d+)\s*\}\s*\})")
+NUMERAL = _token(
+    r"(?P<digits>\d[0-9A-Z]*|[A-Za-z]+\d[0-9A-Za-z]*)\s*_\s*(?P<brace>\{\s*)?(?P<base>\d+|[a-z]{3,})(?(brace)\s*\})"
+)
+PREFIXED = _token(r"0(?P<base>[box])(?P<digits>[\dA-Fa-f]+)(?!\w)")
 DECIMAL = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4}(?![\dA-Za-z]))?"
 NUMBER, NUMBER_WITH_COMMAS = _token(f"({DECIMAL})"), _token(rf"(\d{{1,3}}(?:,\d{{3}})+(?!\d)(?:\.\d+)?|{DECIMAL})")
 
-COMMAND, TEXT, CURRENCY = _token(r"\\([A-Za-z]+)"), _token(r"\\text\s*\{([^{}]*)\}"), _token(r"(\\\$|[€£¥]|USD\b)")
+COMMAND, TEXT, CURRENCY = _token(r"\\([A-Za-z]+)"), _token(QUOTED), _token(r"(\\\$|[€£¥]|USD\b)")
 WORD, LETTER = _token(r"((?:log(?:2|10)|(?:float|int)64)(?=\s*\()|[A-Za-z]+)"), _token(r"([A-Za-z])(\d*)")
 WORDS = _token(r"([A-Za-z]{2,}(?:(?:\s+|['-])[A-Za-z]+)*)")
 INTERVAL = _token(r"Interval(?:\.(open|Lopen|Ropen))?(?=\()")
@@ -122,11 +118,21 @@ class _Reader:
 
     # ---- items, relations, sums, products, powers ----
 
-    def items(self) -> tuple[Node, ...]:
-        found = [self.relation()]
-        while self.take(SEPARATOR):
-            found.append(self.relation())
+    def items(self, spaces: bool = False) -> tuple[Node, ...]:
+        """Read items; `spaces` alone may separate numbers, as in the arrays that numpy prints."""
+        found = [self.conjunction()]
+        while self.take(SEPARATOR) or (spaces and self.sees(NUMBER)):
+            found.append(self.conjunction())
         return tuple(found)
+
+    def conjunction(self) -> Node:
+        """Read (2 < x) & (x < 3), as sympy prints 2 < x < 3."""
+        node = self.relation()
+        while self.take(AND):
+            node = chained(node, self.relation())
+            if node is None:
+                raise NotReadable
+        return node
 
     def relation(self) -> Node:
         self.take(LEADING_RELATION)
@@ -237,7 +243,7 @@ class _Reader:
             return self.quoted(match[1])
         if match := self.take(CURRENCY):
             value, currency = self.factor(), "dollar" if match[1] in (r"\$", "USD") else match[1]
-            return Node("quantity", (value, currency + (self.unit([value]) or "")))  # $18 per hour
+            return Node("quantity", (value, f"{currency} {self.unit([value]) or ''}".strip()))  # $18 per hour
         if match := self.take(INTERVAL):
             return self.interval({"open": "()", "Lopen": "(]", "Ropen": "[)", None: "[]"}[match[1]])
         if match := self.take(ACCENT):
@@ -253,7 +259,7 @@ class _Reader:
                 return Node("set", ((),))
             if opening == "{" and self.sees(KEY):
                 return self.dictionary()
-            items = self.items()
+            items = self.items(spaces=opening == "[")
             close = self.expect(_token(names.CLOSING[opening]))
         if opening in names.ENCLOSED:
             return Node("call", (names.ENCLOSED[opening], *items))
@@ -284,10 +290,11 @@ class _Reader:
             block, scale = match[3] or match[4] or match[5] or match[6], 10 ** len(match[2])
             value = Fraction(int("0" + match[1] + match[2]), scale)
             return number(value + Fraction(int(block), (10 ** len(block) - 1) * scale))
-        if match := self.take(NUMERAL):
-            base = int(match[2] or match[3] or match[4])
-            if 2 <= base <= 36 and all(int(digit, 36) < base for digit in match[1]):
-                return Node("base", (match[1].lstrip("0") or "0", base))
+        if match := self.take(PREFIXED) or self.take(NUMERAL):
+            digits, name = match["digits"].upper(), match["base"]
+            base = int(name) if name.isdigit() else names.BASES.get(name, 0)
+            if 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits):
+                return Node("base", (digits.lstrip("0") or "0", base))
             self.position = start
         match = self.take(NUMBER_WITH_COMMAS if self.commas and not self.depth else NUMBER)
         return _decimal(match[1].replace(",", "")) if match else None

@@ -17,6 +17,7 @@ r"""Answers as trees, made of `Node(op, args)`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
@@ -68,6 +69,25 @@ def replace(node: Node, rule: Callable[[Node], Node | None]) -> Node:
         return tuple(map(apply, arg)) if isinstance(arg, tuple) else arg
 
     return rule(node) or Node(node.op, tuple(map(apply, node.args)))
+
+
+def ascending(relation: Node) -> tuple[tuple[str, ...], tuple[Node, ...]]:
+    """Return the operators and sides of a relation: x > 5 as 5 < x, and a = b = c as a = c."""
+    operators, sides = relation.args
+    if set(operators) == {"="}:
+        return ("=",), (sides[0], sides[-1])
+    if set(operators) <= {">", ">="}:
+        return tuple(operator.replace(">", "<") for operator in operators[::-1]), sides[::-1]
+    return operators, sides
+
+
+def chained(*relations: Node) -> Node | None:
+    """Join 2 < x and x < 3 to 2 < x < 3, in any order, if that is possible."""
+    if all(relation.op == "rel" for relation in relations):
+        for (operators, sides), (more, last) in itertools.permutations(map(ascending, relations)):
+            if sides[-1] == last[0]:
+                return Node("rel", (operators + more, sides + last[1:]))
+    return None
 
 
 def variables(node: Node) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from thor.equivalence.clean import SCALES
+from thor.equivalence.clean import END, QUOTED, SCALES
 from thor.equivalence.names import FUNCTIONS
 
 # Name, abbreviations, other spellings. Plurals are looked up without their "s".
@@ -15,36 +15,45 @@ SPELLINGS = """
     hertz Hz; pascal Pa; mole mol; coulomb C; tesla T; dollar usd USD; cent penny pennie; degree deg; day; week; month;
     year yr; percent percentage pct; am a.m; pm p.m; kW; kJ; kPa; kHz; MHz; GHz; nm; eV; keV; MeV; GeV; erg; dB; unit;
     mile/hour mph; kilometer/hour kph kmh kmph; square sq; cubic cu; per
+    angstrom; AU au; parsec pc; farad F; henry H; molar M; ohm;
     radian rad; ton; atm; rpm; ppm; man men; kid; boy; cup; bag; box; jar; egg; pie; toy; pen; car; cat; dog; cow; hen
 """
 NAMES = {spelling: line.split()[0] for line in SPELLINGS.split(";") for spelling in line.split()}
-NOT_BARE = {"mg"}  # rather m times g
+NOT_BARE = {"mg", "pc"}  # rather m times g
 NOT_UNITS = {"squared", "cubed", "mod", "plus", "minus", "where", "with", "for", "if", "when", "such", "to", "or"}
 NOT_UNITS |= {"and", "not", "but", "more", "less", "fewer", "maybe", "union", "choose", *SCALES}
 NOT_UNITS |= {name for name in FUNCTIONS if len(name) > 3}  # not min and sec
 NOT_UNITS |= set("january february march april june july august september october november december".split())  # noqa: SIM905
 
-WORD = r"(?:\\text\s*\{[^{}]*\}|[A-Za-z]+(?:\.[a-z]\b)?\.?)"
+SYMBOLS = [  # LaTeX in units, as letters
+    (rf"M_(?:\\odot{END}|\{{\s*\\odot\s*\}})", "Msun"), (rf"\\mu{END}\s*(?=[A-Za-z])", "micro"),
+    (rf"\\Omega{END}", "ohm"), (rf"\\AA{END}", "angstrom"), (r"\\frac\s*\{(.*)\}\s*\{(.*)\}", r"\1/\2"),
+]  # fmt: skip
+SUN, MICRO, OHM, ANGSTROM = (pattern for pattern, _ in SYMBOLS[:4])
+WORD = rf"(?:{QUOTED}|{SUN}|{OHM}|{ANGSTROM}|(?:{MICRO})?[A-Za-z]+(?:\.[a-z]\b)?\.?)"
 POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d)|[23](?!\d))?"
-UNIT = re.compile(
-    rf"\s*(?:\\?%|{WORD}{POWER}(?:(?:\s*(?:/|\\cdot|\*)\s*|\s+|(?=\\)){WORD}{POWER}){{0,4}})"  # limits the time, too
-)
-TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+PRODUCT = rf"{WORD}{POWER}(?:(?:\s*(?:/|\\cdot|\*)\s*|\s+|(?=\\)){WORD}{POWER}){{0,4}}"  # limits the time, too
+UNIT = re.compile(rf"\s*(?:\\?%|\\frac\s*\{{{PRODUCT}\}}\s*\{{{PRODUCT}\}}|{PRODUCT})")
+TEXT = re.compile(QUOTED)
 
 
-def canonical_unit(text: str) -> str | None:
+def canonical_unit(text: str, single_letters: bool = False) -> str | None:
     r"""Return the same spelling for the same unit, "" for "units", or None if the text is not a unit.
 
-    "km/hr", "kilometers per hour", "\text{km}/\text{h}" are "kilometer/hour". Everything in \text is a unit. Outside,
-    a unit consists of known abbreviations and of words with at least four letters, because "2ab" is a product; single
-    letters count only in a fraction such as "m/s".
+    "km/hr", "kilometers per hour", "\text{km} \text{h}^{-1}" are "kilometer hour^-1". Everything in \text is a unit,
+    but for NOT_UNITS. Outside, a unit consists of known abbreviations and of words with at least four letters, because
+    "2ab" is a product. With `single_letters`, these and \Omega count, otherwise only letters in a fraction as "m/s".
     """
     if text.strip() in ("%", r"\%"):
         return "percent"
-    for word in re.findall("[A-Za-z]+", TEXT.sub(" ", text).replace(r"\cdot", " ")):
-        if not (
-            len(word) > 3 or (_name(word) in NAMES.values() and (len(word) > 1 or "/" in text) and word not in NOT_BARE)
-        ):
+    outside = TEXT.sub(" ", text).replace(r"\cdot", " ")
+    if "\\" in outside and not single_letters:
+        return None
+    for pattern, replacement in SYMBOLS:
+        outside, text = re.sub(pattern, replacement, outside), re.sub(pattern, replacement, text)
+    for word in re.findall("[A-Za-z]+", outside):
+        bare = (len(word) > 1 or "/" in text) and word not in NOT_BARE
+        if not (len(word) > 3 or (_name(word) in NAMES.values() and (bare or single_letters))):
             return None
     flat = TEXT.sub(r" \1 ", text).replace(r"\cdot", " ").replace("*", " ")
     flat = re.sub(r"[{}]|\.(?!\w)|\s+(?=\^)|(?<=\^)\s+", "", flat)
@@ -57,7 +66,18 @@ def canonical_unit(text: str) -> str | None:
     if not NOT_UNITS.isdisjoint(re.findall("[a-z]+", flat.lower())):
         return None
     unit = re.sub(r"[A-Za-z.]+", lambda match: _name(match[0]), " ".join(flat.split()))
-    return "" if re.fullmatch(r"unit(\^\d)?", unit) else unit
+    return "" if re.fullmatch(r"unit(\^\d)?", unit) else _powers(unit)
+
+
+def _powers(unit: str) -> str:
+    """Write m/s as m s^-1, and s^-1 m as m s^-1."""
+    if not re.fullmatch(r"(?:[/ ]?[A-Za-z]+(?:\^-?\d)?)+", unit):
+        return unit
+    powers: dict[str, int] = {}
+    for slash, word, power in re.findall(r"(/?)([A-Za-z]+)(?:\^(-?\d))?", unit):
+        powers[word] = powers.get(word, 0) + int(power or 1) * (-1 if slash else 1)
+    ordered = sorted(powers.items(), key=lambda item: (item[1] < 0, item[0]))
+    return " ".join(word if power == 1 else f"{word}^{power}" for word, power in ordered)
 
 
 def _name(word: str) -> str:
