@@ -205,7 +205,7 @@ def run_name(settings: Settings, tools: bool) -> str:
 def stages(model: str) -> list[tuple[str, Summary]]:
     """(name, summary) of the stages that led to a model, the first one first, on the synthetic problems."""
     rows: list[tuple[str, Summary]] = []
-    for folder, _ in lineage(model):
+    for folder in (Path(trained).parent for trained in lineage(model)[:-1]):
         file = folder / "validation.jsonl"
         lines = file.read_text().splitlines() if file.is_file() else []
         records = [record for record in map(json.loads, lines) if record["data"] == "synthetic"]
@@ -244,12 +244,12 @@ def main(argv: list[str] | None = None) -> None:
         if settings.compare:
             compare_runs(settings.compare)
             return
-        settings = fill_defaults(settings, base_model(settings.model), DEMO_MODEL)
         remote = settings.model.startswith(("http://", "https://", "vllm:"))
         device = settings.device
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             rank_device = start_ranks(settings.device, settings.rank_timeout)
             device = device if remote else rank_device
+        settings = fill_defaults(settings, base_model(settings.model), DEMO_MODEL)
         prompt = prompt_for(settings.prompt, settings.model)
         run = None if settings.question else Run(settings.out, settings, settings.resume)
     with user_errors("--data"):

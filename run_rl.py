@@ -227,8 +227,7 @@ def hierarchical_loss(batch: Batch, scores: Scores, settings: Settings) -> tuple
     gap = (logp_old - batch.logp_sampler).masked_fill(unknown, 0.0)
     weight = torch.exp(gap)
     if settings.is_level == "sequence":
-        products = (torch.exp(part.sum()).expand(len(part)) for part in gap.split(batch.lengths))
-        weight = torch.cat([gap[:0], *products])  # a rank may have no samples
+        weight = torch.cat([gap[:0], *(part.sum().exp().expand(len(part)) for part in gap.split(batch.lengths))])
     token_loss = token_loss * weight.clamp(max=settings.is_cap)
     info = {}
     if settings.kl_coef:
@@ -438,15 +437,16 @@ def log(run: Run, iteration: int, trajectories, counts: Counter, metrics: dict, 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, __doc__, argv)
     with user_errors():
-        settings = fill_defaults(settings, base_model(settings.model), DEMO_MODEL)
         device = start_ranks(settings.device, settings.rank_timeout)
+        settings = fill_defaults(settings, base_model(settings.model), DEMO_MODEL)
         if settings.estimator == "grpo" and settings.group < 2:
             raise UserError(f"--group {settings.group}: must be at least 2 with --estimator grpo")
         run, prompt = Run(settings.out, settings, settings.resume), prompt_for(settings.prompt, settings.model)
     with user_errors("--data"):
         problems = load_problems(settings.data, split=settings.split, limit=settings.limit, seed=settings.seed)
-    with user_errors("--eval_data"):
-        held_out = load_validation(settings, demo=settings.data == "synthetic")
+        if unknown := [problem.id for problem in problems if not problem.answer]:
+            raise UserError(f"{settings.data}: {unknown[0]} has no answer; RL rewards answers, not the tests of code")
+    held_out = load_validation(settings, demo=settings.data == "synthetic")
     with run, Executor(cpu_workers(), settings.timeout, settings.memory_mb) as executor:
         with user_errors():
             model, tokenizer = load_model(settings.model, device)

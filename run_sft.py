@@ -113,8 +113,8 @@ def train(model, trajectories: list[Trajectory], run: Run, settings: Settings, v
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, __doc__, argv)
     with user_errors():
-        settings = fill_defaults(settings, base_model(settings.model), DEMO_MODEL)
         device = start_ranks(settings.device, settings.rank_timeout)
+        settings = fill_defaults(settings, base_model(settings.model), DEMO_MODEL)
         prompt = prompt_for(settings.prompt, settings.model)
         run = Run(settings.out, settings, settings.resume)
         if not Path(settings.data).is_file():  # before the model is loaded
@@ -124,8 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = [t for t in everything if len(t.all_token_ids) <= settings.max_length]
         if not rows:
             raise UserError(f"--max_length {settings.max_length}: every trajectory of {settings.data} is longer")
-    with user_errors("--eval_data"):
-        held_out = load_validation(settings, demo=settings.model == DEMO_MODEL)
+    held_out = load_validation(settings, demo=settings.model == DEMO_MODEL)
     with user_errors():  # after all ranks have checked their input
         run.start()
     tokens = sum(t.num_sampled for t in rows)

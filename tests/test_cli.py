@@ -57,6 +57,9 @@ GOOD_ROW = json.dumps({"question": "2 + 2 = ? é", "answer": "4"})
         ("rl", ["--estimator", "ppo3"], ["--estimator ppo3"]),
         ("rl", ["--group", "1"], ["--group 1"]),
         ("rl", ["--sampler", "magic"], ["--sampler magic"]),
+        ("rl", ["--warmup", "2"], ["--warmup 2", "at most 1"]),
+        ("rl", ["--eval_samples", "4", "--eval_temperature", "0"], ["--eval_temperature 0", "--eval_samples 1"]),
+        ("rl", ["--data", "code.jsonl"], ["--data code.jsonl", "HumanEval/0 has no answer"]),
         ("infer", ["--rows", "0"], ["--rows 0"]),
         ("rl", ["--temperature", "0"], ["--temperature 0"]),
         ("infer", ["--timeout", "0", "question?"], ["--timeout 0"]),
@@ -86,6 +89,8 @@ def test_bad_input_is_a_one_line_error_and_writes_no_files(tmp_path, model, scri
     write(tmp_path / "no_answer.jsonl", GOOD_ROW, '{"question": "why?"}')
     write(tmp_path / "invalid.jsonl", GOOD_ROW, "{'question': 1}")
     write(tmp_path / "empty.jsonl")
+    code = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): f()"}
+    write(tmp_path / "code.jsonl", json.dumps(code))
     write(tmp_path / "settings.yaml", "learning_rate: 1")
     (tmp_path / "hollow").mkdir()
     write(tmp_path / "hollow" / "config.json", (model / "config.json").read_text())

@@ -256,6 +256,17 @@ def test_cache_stays_within_kv_tokens(tokenizer, kv_tokens):
         engine.add(Request("long", [1] * kv_tokens, 1))
 
 
+@pytest.mark.parametrize("copies", [0, 0.5, 1])
+def test_too_little_memory_for_a_cache_is_an_error(tokenizer, monkeypatch, copies):
+    """A CPU needs room for a second copy of the weights."""
+    model = tiny_llama(tokenizer)
+    free = int(copies * sum(p.nbytes for p in model.parameters()))
+    monkeypatch.setattr("thor.engines.hf.free_memory", lambda device: free)
+    with pytest.raises(NoRoomError, match="no memory is left for a KV cache"):
+        HFEngine(model, tokenizer)
+    assert HFEngine(model, tokenizer, kv_tokens=1).max_rows == 1
+
+
 def test_evicted_prefixes_are_recomputed(tokenizer):
     """There are several times more shared prefixes than rows, and each one is used again after its eviction."""
     engine = HFEngine(tiny_llama(tokenizer), tokenizer, max_rows=2)

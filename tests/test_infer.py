@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from run_infer import Settings, check, lineage, run_name, stages
+from run_infer import Settings, check, run_name, stages
 from thor.data import BENCHMARKS
 from thor.metrics import table
+from thor.run_folder import Run
 from thor.settings import UserError, parse_settings
 
 ROOT = Path(__file__).parent.parent
@@ -161,19 +162,17 @@ def test_stages_of_a_model_are_found_in_the_folders_of_its_runs(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     for name, model, values in (("sft", "smollm2-135m", [0.1, 0.2]), ("rl", "runs/sft/final", [0.2, 0.3, 0.4])):
         folder = Path("runs", name)
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"model": model}))
+        Run(str(folder), Settings(model=model), resume=False).start()
+        (folder / "final").mkdir()
         records = [
             {"data": data, "accuracy": [value, value - 0.1, value + 0.1], "code_pass_rate": [None] * 3, "problems": 64}
             for value in values
             for data in ("synthetic", "other")
         ]
         (folder / "validation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert lineage("runs/rl/final") == [
-        (Path("runs/rl"), {"model": "runs/sft/final"}),
-        (Path("runs/sft"), {"model": "smollm2-135m"}),
-    ]
-    rows = stages("runs/rl/final")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    rows = stages("../runs/rl/final")
     assert [(name, row["accuracy"][0]) for name, row in rows] == [("base", 0.1), ("after SFT", 0.2), ("after RL", 0.4)]
     assert "| 64       | 40.0 [30-50] | -" in table(rows)
-    assert stages("smollm2-135m") == lineage("smollm2-135m") == []
+    assert stages("smollm2-135m") == []

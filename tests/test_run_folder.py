@@ -9,7 +9,7 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from thor.run_folder import LOGS, Run, check_trackers, spread, write_atomic
+from thor.run_folder import LOGS, Run, base_model, check_trackers, lineage, spread, write_atomic
 from thor.settings import UserError
 from thor.trajectory import Problem, Trajectory
 
@@ -20,6 +20,49 @@ class Settings:
     rows: int = 8
     report_to: str = "none"
     resume: bool = False
+
+
+@dataclass(frozen=True)
+class WithModel(Settings):
+    model: str = ""
+
+
+def finish(folder: str, model: str) -> None:
+    """A run of this name in the working directory that has trained `model`."""
+    Run(folder, WithModel(model=model), resume=False).start()
+    os.mkdir(f"{folder}/final")
+
+
+def test_lineage_of_a_model_is_the_same_from_any_working_directory(tmp_path, monkeypatch):
+    """Two projects have runs of equal names, which started from different models."""
+    for project, base in (("a", "Qwen/7B"), ("b", "vllm:smollm2-135m")):
+        (tmp_path / project).mkdir()
+        monkeypatch.chdir(tmp_path / project)
+        finish("runs/sft", base)
+        finish("runs/rl", "runs/sft/final")
+    runs = tmp_path.resolve() / "a/runs"
+    assert lineage("../a/runs/rl/final") == [f"{runs}/rl/final", f"{runs}/sft/final", "Qwen/7B"]
+    assert base_model("../a/runs/rl/final/") == "Qwen/7B"
+    assert base_model("runs/rl/final") == base_model("vllm:runs/rl/final") == "smollm2-135m"
+    finish("runs/rl2", "../a/runs/rl/final")
+    monkeypatch.chdir(tmp_path / "b/runs/rl2")
+    assert base_model("final") == "Qwen/7B" and base_model("smollm2-135m") == "smollm2-135m"
+    resumed = Run(".", WithModel(model="../a/runs/rl/final"), resume=True)  # the lineage is not a setting
+    with pytest.raises(UserError, match="model was"):
+        Run(".", WithModel(model="other"), resume=True)
+    assert resumed.folder.is_dir() and lineage("final")[1:] == lineage("../../../a/runs/rl/final")
+
+
+def test_model_that_is_not_from_a_run_is_its_own_base_model(tmp_path, monkeypatch):
+    """A folder of checkpoints of another trainer has a config.json too."""
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "model": "smollm2-135m"}))
+    monkeypatch.chdir(tmp_path)
+    for model in ("checkpoint-500", str(tmp_path / "checkpoint-500"), "smollm2-135m", "a/b", "http://host:8000"):
+        assert lineage(model) == [model] and base_model(model) == model
+    assert base_model("vllm:smollm2-135m") == "smollm2-135m"
+    monkeypatch.setattr("thor.run_folder.gather", lambda value: ["seen by rank 0", value])
+    assert base_model("a/b") == "seen by rank 0"
 
 
 def test_run_folder_logs_and_refuses_other_settings(tmp_path):

@@ -330,8 +330,9 @@ def test_validation_uses_the_limits_of_the_run_and_equal_seeds_each_time(run, ex
     engine = ScriptedEngine(tokenizer, lambda request, turn: GOOD if turn < 2 else RIGHT)
     settings, sampling = replace(SETTINGS, eval_samples=3, eval_temperature=0.7), Sampling(max_tokens=99, max_rounds=1)
     validate = Validation(run, settings, {"a": PROBLEMS[:2]}, engine, executor, sampling, PROMPTS["tool-base"])
-    prompt, seeds = PROMPTS["tool-base"].render(tokenizer, "q"), []
-    for step in (0, 1):
+    prompt, seeds, tracked = PROMPTS["tool-base"].render(tokenizer, "q"), [], []
+    run.track = lambda step, metrics: tracked.append((step, metrics["validation/a/accuracy"]))
+    for step in (0, 3):
         engine.requests.clear()
         engine.turns.clear()
         validate(tiny_llama(tokenizer), step, {})
@@ -342,6 +343,7 @@ def test_validation_uses_the_limits_of_the_run_and_equal_seeds_each_time(run, ex
         assert {len([r for r in engine.requests if r.id == request.id]) for request in first} == {3}  # one more round
         seeds.append({(request.id, request.max_tokens): request.seed for request in engine.requests})
     assert seeds[0] == seeds[1] and len(set(seeds[0].values())) == 18
+    assert tracked == [(0, 1.0), (2, 1.0)]  # a run that is resumed after three iterations hides step 3 of a tracker
     assert [[len(rewards) for rewards in r["rewards"]] for r in run.read("validation.jsonl")] == [[3, 3]] * 2
 
 
@@ -681,6 +683,15 @@ def test_resume_accepts_only_settings_that_do_not_change_results(run):
     for change in ({"lr": 1.0}, {"updates": 2}, {"temperature": 0.7}, {"sampler": "vllm"}, {"seed": 1}, {"group": 4}):
         with pytest.raises(UserError, match=f"--resume: {next(iter(change))} was"):
             Run(str(run.folder), replace(SETTINGS, **change), resume=True)
+
+
+@pytest.mark.parametrize("changes", [{"lr_schedule": "cosine"}, {"lr_schedule": "linear"}, {"warmup": 0.1}])
+def test_resume_refuses_another_length_if_the_learning_rate_depends_on_it(tmp_path, changes):
+    settings = replace(SETTINGS, **changes)
+    Run(str(tmp_path / "run"), settings, resume=False).start()
+    Run(str(tmp_path / "run"), replace(settings, rows=3), resume=True)
+    with pytest.raises(UserError, match=r"iterations was 8 in .*, but now is 9; the learning rate depends on it"):
+        Run(str(tmp_path / "run"), replace(settings, iterations=9), resume=True)
 
 
 # Runs a script's main in a forked process, which kills itself when it reaches a chosen point for the n-th time.

@@ -18,32 +18,39 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from thor.distributed import rank
+from thor.distributed import gather, rank
 from thor.settings import UserError
 
 LOGS = ("metrics.jsonl", "validation.jsonl", "trajectories.jsonl")  # files that grow during training
 
 
-def lineage(model: str) -> list[tuple[Path, dict]]:
-    """(folder, settings) of each run that led to the model <run>/final, the latest first."""
-    runs: list[tuple[Path, dict]] = []
-    folder = Path(model.removeprefix("vllm:")).parent
-    while (folder / "config.json").is_file() and folder not in dict(runs):
-        runs.append((folder, json.loads((folder / "config.json").read_text())))
-        folder = Path(runs[-1][1].get("model", "")).parent
-    return runs
+LINEAGE = "trained_from"  # key of config.json: the `lineage` of the model that the run started from
+
+
+def lineage(model: str) -> list[str]:
+    """`model`, the model that its run started from, and so on. The last one, the base model, is not from a run.
+
+    Models of runs are absolute paths, so that later runs find them from any working directory.
+    """
+    name = model.removeprefix("vllm:")
+    folder = Path(name).resolve()
+    config = folder.parent / "config.json"
+    # without the key, it is not the folder of a run; a folder of Hugging Face checkpoints has a config.json too
+    earlier = json.loads(config.read_text()).get(LINEAGE) if folder.is_dir() and config.is_file() else None
+    return [str(folder), *earlier] if earlier else [name]
 
 
 def base_model(model: str) -> str:
-    """The model that the first of these runs started from; without any, `model` itself."""
-    return [model, *(config.get("model", "") for _, config in lineage(model))][-1]
+    """The last of the `lineage` of `model`, as rank 0 sees it: other nodes may not have the folders of its runs."""
+    return gather(lineage(model)[-1])[0]
 
 
 class Run:
     """A run folder, and a context manager that finishes the trackers. Only rank 0 writes to it.
 
     resume=False refuses a folder that is not empty. resume=True continues the run in it, or starts a new one, and
-    refuses settings that differ from its config.json, except for those in MAY_CHANGE. Raises UserError.
+    refuses settings that differ from its config.json, except for those in MAY_CHANGE; `iterations` only with a constant
+    learning rate. Raises UserError.
     """
 
     MAY_CHANGE = (
@@ -63,9 +70,13 @@ class Run:
             raise UserError(f"--out {folder}: exists and is not empty; choose another folder, or --resume this run")
         old = self.folder / "config.json"
         saved = json.loads(old.read_text()) if old.exists() else config
+        saved.pop(LINEAGE, None)
         for name in {**saved, **config}:
-            if name not in self.MAY_CHANGE and saved.get(name) != config.get(name):
-                raise UserError(f"--resume: {name} was {saved.get(name)!r} in {old}, but now is {config.get(name)!r}")
+            # a schedule depends on the length of the run: in a longer one the learning rate would have been another
+            fixed = name == "iterations" and (config.get("lr_schedule") != "constant" or config.get("warmup"))
+            if (fixed or name not in self.MAY_CHANGE) and saved.get(name) != config.get(name):
+                what = f"{name} was {saved.get(name)!r} in {old}, but now is {config.get(name)!r}"
+                raise UserError(f"--resume: {what}{'; the learning rate depends on it' if fixed else ''}")
         self._config = config
         self._tracker_names = check_trackers(config.get("report_to", "none"))
         self._trackers: list = []
@@ -74,7 +85,8 @@ class Run:
         """Create the folder. Call it once all input is valid: a failed start then leaves nothing behind."""
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.write_json("config.json", self._config)
+            origin = {LINEAGE: lineage(self._config["model"])} if "model" in self._config else {}
+            self.write_json("config.json", self._config | origin)
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name

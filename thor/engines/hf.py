@@ -35,7 +35,7 @@ IN_USE = math.inf  # never evicted
 
 
 class NoRoomError(UserError, ValueError):
-    """A request is longer than the whole KV cache."""
+    """A request is longer than the whole KV cache, or no memory is left for one."""
 
 
 class HFEngine:
@@ -49,7 +49,8 @@ class HFEngine:
     share: fraction of the memory that is free now, used for the KV cache if kv_tokens is None. The rest is left to a
         trainer or to another engine. The ranks of a machine divide its memory.
 
-    Raises UnsupportedModelError, with the reason, for a model that would not compute what its own forward pass does.
+    Raises UnsupportedModelError, with the reason, for a model that would not compute what its own forward pass does,
+    and NoRoomError if no memory is left for the cache.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class HFEngine:
         if kv_tokens is None:
             if model.device.type == "cpu":
                 free -= sum(p.nbytes for p in model.parameters())  # room for a second copy of the weights
-            kv_tokens = max(0, int(share * free)) // bytes_per_token(empty)
+            kv_tokens = int(share * free) // bytes_per_token(empty)
+        if kv_tokens < 1:
+            raise NoRoomError("no memory is left for a KV cache beside the model; free memory, or use a smaller model")
         self.queue: deque[Request] = deque()
         self.rows = Store(empty, max_rows, kv_tokens - kv_tokens // 4)
         self.prefixes = Store(empty, max_rows, kv_tokens // 4)

@@ -16,7 +16,7 @@ from thor.prompts import Prompt
 from thor.rollout import Sampling
 from thor.run_folder import Run, finite
 from thor.sandbox import Executor
-from thor.settings import derive_seed
+from thor.settings import UserError, derive_seed, user_errors
 from thor.training.model import policy_parameters, save_model
 from thor.training.trainer import TrainSettings
 from thor.trajectory import Problem
@@ -25,11 +25,18 @@ LOGGED = ("accuracy", "code_ratio", "code_pass_rate", "truncated", "tokens")  # 
 
 
 def load_validation(settings: TrainSettings, demo: bool) -> dict[str, list[Problem]]:
-    """The problems of each source in --eval_data. demo: the run trains the demo, whose held-out problems are known."""
+    """The problems of each source in --eval_data. demo: the run trains the demo, whose held-out problems are known.
+
+    Wrong settings end the script, see `user_errors`.
+    """
     sources = split_sources(settings.eval_data) if settings.evaluate else []
     if sources == ["auto"]:
         sources = ["synthetic"] if demo else []
-    return {name: load_problems(name, split="test", limit=settings.eval_limit) for name in sources}
+    with user_errors():
+        if sources and settings.eval_temperature == 0 and settings.eval_samples > 1:
+            raise UserError("--eval_temperature 0: greedy samples would all be equal; use --eval_samples 1")
+    with user_errors("--eval_data"):
+        return {name: load_problems(name, split="test", limit=settings.eval_limit) for name in sources}
 
 
 class Validation:
@@ -74,7 +81,8 @@ class Validation:
             summary = summarize(scores)
             record = {"step": step, "data": name, **summary, "rewards": list(rewards.values())}
             self.run.append("validation.jsonl", finite(record))
-            self.run.track(step, {f"validation/{name}/{key}": summary[key][0] for key in LOGGED})
+            # with the last iteration before it, because a resumed run hides the points of later ones
+            self.run.track(max(0, step - 1), {f"validation/{name}/{key}": summary[key][0] for key in LOGGED})
             means.append(summary["accuracy"][0])
         accuracy = sum(means) / len(means)
         if accuracy > state.get("best", [-1.0])[0]:
