@@ -138,6 +138,26 @@ def test_character_by_character_closes_no_later(text):
         assert parser.close_end <= whole.close_end and parser.open_at == whole.open_at
 
 
+@pytest.mark.parametrize("piece", ["x", " ", "\n", "`", "```python\n"])
+def test_parser_scans_each_character_once(piece):
+    class Counted(str):
+        scanned = 0
+
+        def __add__(self, other):
+            return Counted(str.__add__(self, other))
+
+        def find(self, wanted, start):
+            found = str.find(self, wanted, start)
+            Counted.scanned += (found + 1 if found >= 0 else len(self)) - start
+            return found
+
+    parser = FenceParser()
+    parser.text = Counted()
+    for _ in range(500):
+        parser.feed(piece)
+    assert isinstance(parser.text, Counted) and Counted.scanned == 500 * len(piece)
+
+
 def test_block_closes_without_a_newline():
     parser = FenceParser()
     closed = [parser.feed(char) for char in "```python\n1\n```"]
@@ -275,7 +295,8 @@ def test_boxes_are_substrings_in_order_and_nothing_raises(text):
     ["\\boxed{", "\\boxed{1}", "\\boxed{1}, ", "}", "```python\n", "```\n", "```", "<think>", "</think>", "\\boxed {"],
 )
 def test_extract_answer_ends_on_long_texts(unit):
-    extract_answer(unit * 100_000)  # with quadratic time, this would take minutes
+    expected = {"\\boxed{1}": "1", "\\boxed{1}, ": ", ".join(["1"] * 100_000)}.get(unit)
+    assert extract_answer(unit * 100_000) == expected  # with quadratic time, this would take minutes
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------

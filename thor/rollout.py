@@ -3,7 +3,7 @@
 Each trajectory is a generator that reads like the algorithm: it yields a `Request` and receives a `Completion`, or
 yields source code and receives an `ExecResult`. `drive` runs many of them at once: it steps the engine, submits each
 closed block to the executor, grades what has ended in other threads, and keeps stepping for the others. Decoding never
-waits for a tool or for a grade.
+waits for a grade, and for a tool only if the rollout is `deterministic`.
 """
 
 from __future__ import annotations

@@ -204,7 +204,8 @@ class Trajectory:
         Instead of logp_sampler: `logp_base64`, those of the sampled tokens as little-endian float32, which is what
         engines report, or as float64 if float32 would change one of them.
         """
-        record = dataclasses.asdict(self)
+        steps = [dataclasses.asdict(step) for step in self.steps]
+        record = dict(vars(self), problem=dict(vars(self.problem)), steps=steps)
         del record["action_mask"], record["logp_sampler"]
         runs = [len(list(run)) for _, run in groupby(self.action_mask)]
         record["mask_runs"] = [0, *runs] if self.action_mask[:1] == [False] else runs
