@@ -84,6 +84,7 @@ thousands
     4\,250 != 4.250
     (3,331) != 3331
 base
+    0xff == FF_{16}
     {1203}_4 == 1203_4
     1203_{(4)} == 1203_4
     1203_\text{4} == 1203_4
@@ -152,6 +153,7 @@ power of ten
     4.5 != 4.5e33
     10^{33} != 4.5e33
 printed by Python or sympy
+    x > 2 \land x < 3 == (2,3)
     set() == \emptyset
     [] == \emptyset
     {} == \emptyset
@@ -371,6 +373,7 @@ expression
     x_1 != x_2
     x_1 != x
 unit left out
+    5\text{ d} == 5
     5 m^{2} == 5
     5 m² == 5
     5 s^{-1} == 5
@@ -585,6 +588,9 @@ letter is no unit
     7.6 != 7.6 Z
     \frac{1}{m} != \frac{1}{m} t
 word is no unit
+    5 \text{ dollars and 50 cents} != 5
+    5 \text{ ft 3 in} != 5
+    \$5 \text{ million} == 5000000
     5 xyz != 5
     5 abc != 5
     5 pqr != 5

@@ -51,7 +51,7 @@ RULES: list[tuple[str, str, str, str]] = [  # pattern, replacement, example befo
     (rf"\\[dtc]frac{END}", r"\\frac", r"\dfrac12", r"\frac12"),
     (r"\\(?:[mh]box|operatorname\*?|text[a-z]{2,6}|math(?:rm|bf|it|sf|tt))\s*\{", r"\\text{", r"\mbox{m}", r"\text{m}"),
     (r"\{\s*\\rm\s+([^{}]*)\}", r"\\text{\1}", r"5 {\rm J}", r"5 \text{J}"),
-    (r"\\text\s*\{\s*([ied])\s*\}", r" \1 ", r"2+3\text{i}", "2+3 i"),
+    (r"\\text\s*\{([ied])\}", r" \1 ", r"2+3\text{i}", "2+3 i"),
     (rf"\\text\s*\{{\s*{FUNCTION}\s*\}}", r"\\\1 ", r"\text{asin}(x)", r"\asin (x)"),
     (rf"\\text\s*\{{\s*({'|'.join(SCALES)})\b([^{{}}]*)\}}", r" \1\2 ", r"5\text{ million}", "5 million"),
     # separators: of thousands, and of the items of a list

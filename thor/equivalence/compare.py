@@ -51,7 +51,7 @@ def undecided(prediction: Node, gold: Node, up_to_factor: bool) -> bool:
 # ---- texts ----
 
 CHOICE = re.compile(
-    r"(?:(?:option|choice|answer):?\s+)?(?:\(\s*((?-i:[A-J]))\s*\)|((?-i:[A-J]))(?=\s*(?:$|[.:)]|\s\()))"
+    r"(?:(?:option|choice|answer):?\s+)?(?:\(\s*((?-i:[A-J]))\s*\)|((?-i:[A-J]))(?=\s*(?:$|[.:)]|\s+\()))"
     r"(?!\s*[,;+*/^_=]|-|\s+-\s)\s*[.:)]?(.*)",  # (C)+1 and (C), 1 are no choices, (C) -5 is one
     re.DOTALL | re.IGNORECASE,
 )
@@ -92,7 +92,7 @@ def _squeeze(text: str) -> str:
 
 def _choice(text: str) -> tuple[str, str]:
     r"""Split the answer to a multiple-choice question: C, (C), C: 12, \text{(C) } 12 are C, with 12 or nothing."""
-    match = CHOICE.fullmatch(TEXT.sub(r"\1", text, count=1).strip() if text.startswith(r"\text") else text)
+    match = CHOICE.fullmatch(TEXT.sub(r"\1", text, count=1).strip())
     if not match or OTHER_CHOICE.search(match[3].strip()):
         return "", ""
     return match[1] or match[2], match[3].strip()

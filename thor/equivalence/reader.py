@@ -35,7 +35,7 @@ OPENING, PARENTHESIS, BAR = _token(f"({_any(names.CLOSING)})"), _token(r"\("), _
 BRACE, BRACKET, SINGLE = _token(r"\{"), _token(r"\["), _token(r"(?:(\d)|([A-Za-z]))")
 # What starts a factor behind another one without a sign, as in 2\pi r.
 NOT_FACTORS = [*(name for name in names.RELATIONS if name[0] == "\\"), r"\cup", r"\cap", r"\setminus", r"\pm", r"\mp"]
-NOT_FACTORS += [r"\end", *(rf"\r{name}" for name in ("floor", "ceil", "vert", "angle"))]
+NOT_FACTORS += [r"\end", r"\land", r"\wedge", *(rf"\r{name}" for name in ("floor", "ceil", "vert", "angle"))]
 FACTOR = _token(rf"(?=[A-Za-z(\[{{]|\\\{{|\\[A-Za-z])(?!{_any(NOT_FACTORS)})")
 ITEM_END = re.compile(r"\s*(?:$|[,;)\]}=<>]|\\\}|\\[a-z])")
 
@@ -44,7 +44,7 @@ MIXED = _token(rf"(\d+)\s*(?:\\frac{ARGUMENT}{ARGUMENT}|\s(\d+)\s*/\s*(\d+)(?![\
 REPEATED = r"\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))|\((\d+)\)|(\d{1,6}?)\6+(?:\.{3}|\\[lc]?dots)"
 REPEATING = _token(rf"(\d*)\.(\d{{0,20}}?)(?:{REPEATED})")
 NUMERAL = _token(
-    r"(?P<digits>\d[0-9A-Z]*|[A-Za-z]+\d[0-9A-Za-z]*)\s*_\s*(?P<brace>\{\s*)?(?P<base>\d+|[a-z]{3,})(?(brace)\s*\})"
+    r"(?P<digits>\d[0-9A-Z]*|[A-F]{2,}|[A-Za-z]+\d[0-9A-Za-z]*)\s*_\s*(?P<brace>\{\s*)?(?P<base>\d+|[a-z]{3,})(?(brace)\s*\})"
 )
 PREFIXED = _token(r"0(?P<base>[box])(?P<digits>[\dA-Fa-f]+)(?!\w)")
 DECIMAL = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4}(?![\dA-Za-z]))?"

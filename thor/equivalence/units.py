@@ -63,7 +63,7 @@ def canonical_unit(text: str, single_letters: bool = False) -> str | None:
     flat = re.sub(r"(?<=[a-z]) squared", "^2", flat)
     flat = re.sub(r"(?<=[a-z]) cubed", "^3", flat)
     flat = re.sub(r"(?<=[A-Za-z])([23])(?!\d)", r"^\1", flat)
-    if not NOT_UNITS.isdisjoint(re.findall("[a-z]+", flat.lower())):
+    if not NOT_UNITS.isdisjoint(re.findall("[a-z]+", flat.lower())) or re.search(r"(?<![-^])\d", flat):
         return None
     unit = re.sub(r"[A-Za-z.]+", lambda match: _name(match[0]), " ".join(flat.split()))
     return "" if re.fullmatch(r"unit(\^\d)?", unit) else _powers(unit)
