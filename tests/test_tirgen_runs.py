@@ -140,29 +140,75 @@ def test_merging_a_shard_twice_is_refused(capsys):
 
 
 def run_slowly(out: str) -> None:
-    """Resume a run with an engine whose steps take 3 ms."""
+    """Resume a run with an engine whose steps take 5 ms, with two tries in flight."""
     engine = ScriptedEngine(TOKENIZER, reply)
     step = engine.step
-    engine.step = lambda: time.sleep(0.003) or step()
+    engine.step = lambda: time.sleep(0.005) or step()
     run_tirgen.load_engines = lambda settings: (engine, engine)
-    main([*FLAGS, "--out", out, "--resume"])
+    main([*FLAGS, "--out", out, "--resume", "--rows", "4"])
 
 
-def test_a_run_killed_at_any_moment_loses_no_try_and_repeats_none():
+def test_a_run_killed_ten_times_loses_no_try_and_repeats_none():
     main([*FLAGS, "--out", "whole"])
-    for _ in range(5):
+    path, rng, counts = Path("killed/drafts.jsonl"), random.Random(os.getpid()), [0]
+    for _ in range(10):
         child = os.fork()
         if child == 0:
             try:
                 run_slowly("killed")
             finally:
                 os._exit(0)
-        time.sleep(random.Random(child).uniform(0.05, 0.3))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if path.exists() and path.read_bytes().count(b"\n") > counts[-1]:
+                time.sleep(rng.uniform(0, 0.005))
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                break
+            time.sleep(0.001)
+        counts.append(path.read_bytes().count(b"\n"))
+    assert sum(0 < count < PROBLEMS * 4 for count in counts) >= 3, "these kills hit the middle of the run"
     main([*FLAGS, "--out", "killed", "--resume"])
     for name in ("drafts.jsonl", "tir.jsonl", "summary.json"):
         assert lines(f"killed/{name}") == lines(f"whole/{name}")
+
+
+INVENTED = "987"
+
+
+def inventing(request, turn) -> str:
+    """An actor and a critic that claim outputs, in many forms."""
+    [(a, b)] = re.findall(r"What is (\d+) \+ (\d+)\?", request_text(request).rpartition("Question:")[2])
+    block = f"Add the numbers.\n```python\nprint({a} + {b})\n```\n"
+    claims = [
+        f"{fence}\n{INVENTED}\n{fence.partition('o')[0]}\n" for fence in ("```output", "   ``` Output", "~~~output")
+    ]
+    rng = random.Random(f"{request.id} {turn}")
+    if request.id.endswith("critic"):
+        return rng.choice(["none\n", block + rng.choice(claims), f"It is {INVENTED}.\n{block}"])
+    answer = f"The answer is \\boxed{{{int(a) + int(b)}}}.\n"
+    text = rng.choice([block, "Add the numbers.\n"]) + rng.choice([*claims, "```text\n987\n```\n", ""]) + answer
+    return text.partition("\n")[2] if turn and "few-shot" in request.id else text
+
+
+@pytest.mark.parametrize("prompts", ["few-shot", "chat"])
+def test_no_output_that_a_model_invents_is_learned(monkeypatch, prompts):
+    rows = [{"question": f"What is {10 + i} + {20 + i}?", "answer": str(30 + 2 * i)} for i in range(40)]
+    rows = [row | {"id": f"{prompts} {i}"} for i, row in enumerate(rows)]
+    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    engine = ScriptedEngine(TOKENIZER, inventing)
+    monkeypatch.setattr(run_tirgen, "load_engines", lambda settings: (engine, engine))
+    chat = ["--actor_prompt", "actor", "--critic_prompt", "critic"] if prompts == "chat" else []
+    main([*FLAGS, *chat, "--out", "run"])
+    assert sum(INVENTED in TOKENIZER.decode(c.token_ids) for c in engine.completions) > 20
+    kept = [json.loads(line) for line in lines("run/tir.jsonl")]
+    assert len(kept) > 10 and sum(row["calls"] for row in kept) > 10
+    for row in kept:
+        learned = "".join(s["text"] for s in row["segments"] if s["sampled"])
+        assert (
+            INVENTED not in learned and "output" not in learned.lower() and learned.count("```python") == row["calls"]
+        )
+        observed = [s["text"] for s in row["segments"] if not s["sampled"]]
+        assert observed == [f"```output\n{row['answer']}\n```\n"] * row["calls"]
 
 
 def test_a_cut_off_line_is_removed(tmp_path):

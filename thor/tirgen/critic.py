@@ -303,7 +303,7 @@ def claimed_numbers(logic: str) -> set[str]:
 def percentages(logic: str, code: str) -> set[str]:
     """The numbers before a percent sign that code has as a fraction: 20% as 0.2, 1.2 or 0.8."""
     factors, found = set(values(code)), set()
-    for number in re.findall(rf"({NUMBER.pattern})\s?\\?%", logic):
+    for number in re.findall(rf"(?<![\d.,])((?>{NUMBER.pattern}))\s?\\?%", logic):
         share = Decimal(number.replace(",", "")) / 100
         found |= numbers(number) if factors & {share, 1 + share, 1 - share} else set()
     return found
