@@ -150,6 +150,7 @@ def test_formulas_and_variables_are_no_language(prose, one):
         ([("Add.\n```python\n1\n```\n```python\n2\n```\n", True), ("```output\n2\n```\n", False)], "stray_fence"),
         ([("```text\n1\n```\n```python\n2\n```\n", True), ("```output\n2\n```\n", False)], "stray_fence"),
         ([("Add.\n```python\n2\n```\nIt is 3.", True), ("```output\n2\n```\n", False)], "stray_fence"),
+        ([("Add.\n```py\nx = 1\n``````output\n1\n```\n", True), ("```output\n1\n```\n", False)], "stray_fence"),
         ([("Add.", True), ("```output\n2\n```\n", False)], "stray_fence"),
         ([("\n```python\nprint(4)\n```\n", True), ("```output\n4\n```\n", False)], "empty_thought"),
         ([("<think>\n```python\nprint(4)\n```\n", True), ("```output\n4\n```\n", False)], "empty_thought"),

@@ -75,7 +75,9 @@ def block_fault(segments: list[tuple[str, bool]]) -> str:
         block = first_block(text)
         if not own or not (observed or FENCE.search(text)):
             continue
-        if not observed or not block.closed or text[block.close_end :].strip() or FENCE.search(text[: block.open_at]):
+        if not observed or not block.closed or text[block.close_end :].strip():
+            return "stray_fence"
+        if FENCE.search(text[: block.open_at]) or FENCE.search(block.code):
             return "stray_fence"
         if not re.search(r"\w", text[: block.open_at].replace(THINK, "")):
             return "empty_thought"
