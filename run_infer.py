@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from thor.data import load_problems
+from thor.data import cell_text, load_problems
 from thor.demo import DEMO_MODEL
 from thor.distributed import barrier, cpu_workers, gather, rank, start_ranks, world_size
 from thor.engines import Engine, load_engine
@@ -98,6 +98,7 @@ def check(settings: Settings) -> None:
     """Raise UserError for settings that contradict each other."""
     if bool(settings.question) + bool(settings.data) + bool(settings.compare) > 1:
         raise UserError("a question, --data and --compare exclude each other")
+    cell_text(settings.question, "the question")  # a terminal may send bytes that are not UTF-8
     if settings.temperature == 0 and settings.self_correct:
         raise UserError("--temperature 0: greedy sampling would repeat its failures; add --self_correct 0")
     if settings.temperature == 0 and settings.samples > 1:
@@ -149,11 +150,13 @@ class Evaluation:
     def __init__(self, run: Run, problems: list[Problem], settings: Settings, name: str) -> None:
         self.run, self.problems, self.settings, self.name = run, problems, settings, name
         self.log, self.started = ScoreLog(run.folder), time.monotonic()
+        self.todo = problems  # those that the run has not solved yet, for all ranks
 
     def solve(self, engine: Engine, executor: Executor, sampling: Sampling, options: dict[str, Any]) -> None:
         """Evaluate the problems that the run has not solved yet. If this is interrupted, print the tables so far."""
         done = gather(self.log.merge(self.problems, self.settings.samples, retry=True) if rank() == 0 else None)[0]
-        todo = [p for p in self.problems if p.id not in done][rank() :: world_size()]
+        self.todo = [p for p in self.problems if p.id not in done]
+        todo = self.todo[rank() :: world_size()]
         repeated = [problem for problem in todo for _ in range(self.settings.samples)]
         save = partial(self.log.write, tokenizer=engine.tokenizer)
         try:
@@ -171,8 +174,8 @@ class Evaluation:
             return
         count, k, earlier = len(self.problems), self.settings.samples, self.run / "results.json"
         groups = {id: records for id, records in self.log.read().items() if len(records) == k}
-        seconds = time.monotonic() - self.started
-        seconds += json.loads(earlier.read_text())["seconds"] if earlier.exists() else 0
+        seconds = time.monotonic() - self.started if self.todo else 0.0
+        seconds += json.loads(earlier.read_text())["seconds"] if earlier.exists() else 0.0
         text = f"{self.name}: {count} problems, {k} sample{'s' * (k > 1)} of each, {seconds:.0f} s"
         if len(groups) == count:
             self.log.merge(self.problems, k)
@@ -218,19 +221,16 @@ def compare_runs(folders: list[str]) -> None:
     """Print the accuracy of all runs, and the differences of each to the first. Raises UserError."""
     scores = {}
     for folder in folders:
-        try:
-            scores[folder] = ScoreLog(folder).scores()
-        except (KeyError, ValueError):
-            raise UserError(f"--compare {folder}: its trajectories.jsonl is not one of run_infer.py") from None
+        scores[folder] = ScoreLog(folder).scores()
         if not scores[folder]:
-            raise UserError(f"--compare {folder}: has no trajectories.jsonl of run_infer.py")
+            raise UserError(f"{folder}: has no trajectories.jsonl of run_infer.py")
     summaries = [(folder, summarize(scores[folder])) for folder in scores]
     print(accuracy_table(summaries) if len(summaries) > 1 else results_tables(*summaries[0]))
     for folder in folders[1:]:
         try:
             differences = compare(scores[folders[0]], scores[folder])
         except ValueError as error:
-            raise UserError(f"--compare {folders[0]} {folder}: {error}") from error
+            raise UserError(f"{folders[0]} {folder}: {error}") from error
         print(f"\n{comparison_table(differences, folders[0], folder)}")
 
 
@@ -241,9 +241,11 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, __doc__, argv, positional="question")
     with user_errors():
         check(settings)
-        if settings.compare:
+    if settings.compare:
+        with user_errors("--compare"):
             compare_runs(settings.compare)
-            return
+        return
+    with user_errors():
         remote = settings.model.startswith(("http://", "https://", "vllm:"))
         device = settings.device
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

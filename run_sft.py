@@ -11,13 +11,13 @@ folder, and validation.jsonl, the scores on held-out problems.
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from thor.data import read_jsonl
 from thor.demo import DEMO_MODEL
 from thor.distributed import cpu_workers, start_ranks
 from thor.engines import HFEngine
@@ -38,11 +38,12 @@ from thor.settings import (
     user_errors,
 )
 from thor.tirgen.draft import to_ledger
+from thor.tirgen.store import from_row
 from thor.training.model import load_model, sampling_copy, save_model
 from thor.training.scoring import Scores
 from thor.training.trainer import Batch, Sample, Trainer, TrainSettings
 from thor.training.validation import Validation, load_validation
-from thor.trajectory import Problem, Trajectory
+from thor.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -67,21 +68,13 @@ class Settings(TrainSettings):
 
 def load_trajectories(path: str, tokenizer, prompt: Prompt) -> list[Trajectory]:
     """tir.jsonl as token ledgers. Raises UserError, which names the line at fault."""
-    trajectories = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            problem = Problem(str(row["id"]), row["question"], str(row["answer"]))
-            segments = [(segment["text"], segment["sampled"]) for segment in row["segments"]]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"--data {path}:{number}: {what}; must be a row of run_tirgen.py") from error
-        trajectories.append(to_ledger(problem, segments, tokenizer, prompt))
-    if not trajectories:
+    try:
+        rows = [from_row(row, where) for where, row in read_jsonl(Path(path))]
+    except ValueError as error:
+        raise UserError(f"--data {error}; must be a row of run_tirgen.py") from error
+    if not rows:
         raise UserError(f"--data {path}: is empty; run_tirgen.py writes it")
-    return trajectories
+    return [to_ledger(problem, segments, tokenizer, prompt) for problem, segments in rows]
 
 
 def sft_loss(batch: Batch, scores: Scores) -> tuple[torch.Tensor, dict[str, float]]:

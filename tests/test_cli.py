@@ -283,6 +283,23 @@ def test_numbers_without_a_meaning_are_refused(script, capsys):
             assert stop.value.code == 2 and f"error: --{field.name} " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name: \xff", "codec can't decode"),
+        (b"name: {a: 1}", "name: must be a value or a list of values, not {'a': 1}"),
+        (b"compare: [a, ]\nname: [a, null]", "name: must be a value or a list of values, not ['a', None]"),
+    ],
+)
+def test_bad_settings_file_is_one_clear_line(tmp_path, capsys, content, message):
+    config = tmp_path / "c.yaml"
+    config.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(run_infer.Settings if b"compare" in content else Demo, "", ["--config", str(config)])
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and f"--config {config}: " in line and (message in line or b"compare" in content)
+
+
 def test_yaml_values_are_checked_like_flags(tmp_path, capsys):
     config = write(tmp_path / "c.yaml", "rows: 0")
     with pytest.raises(SystemExit) as stop:

@@ -156,6 +156,17 @@ def test_runs_are_compared(tmp_path, flags):
     with start(tmp_path, "--compare", "a", "missing") as process:
         _, errors = process.communicate(timeout=600)
     assert process.returncode == 2 and "--compare missing: has no trajectories.jsonl" in errors
+    path.write_text(path.read_text() + '{"id": "a"}\n')
+    with start(tmp_path, "--compare", "b") as process:
+        _, errors = process.communicate(timeout=600)
+    assert process.returncode == 2 and f"--compare b/{path.name}:11: not a sample of run_infer.py" in errors
+
+
+def test_resuming_a_finished_evaluation_adds_no_time(tmp_path, flags):
+    infer(tmp_path, *flags, "--out", "run")
+    before = (tmp_path / "run/results.json").read_text()
+    infer(tmp_path, *flags, "--out", "run", "--resume")
+    assert (tmp_path / "run/results.json").read_text() == before
 
 
 def test_stages_of_a_model_are_found_in_the_folders_of_its_runs(tmp_path, monkeypatch):

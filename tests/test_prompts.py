@@ -157,6 +157,12 @@ def test_prompt_file_may_name_some_fields_only(tmp_path):
     assert load_prompt(str(file)) == Prompt("Be brief.", chat_kwargs={"enable_thinking": False}, tools=False)
 
 
+def test_name_without_a_value_keeps_its_default(tmp_path):
+    file = tmp_path / "p.yaml"
+    file.write_text("system:\nuser:\nchat_kwargs:\ntools: false\n")
+    assert load_prompt(file) == Prompt(tools=False)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -165,7 +171,7 @@ def test_prompt_file_may_name_some_fields_only(tmp_path):
         ("sistem: a", "no field is named 'sistem'"),
         ("user: Solve it.", "user: must contain {question}"),
         ("system: 5", "system: must be text, not 5"),
-        ("system:", "system: must be text, not None"),
+        ('system: "\\ud800"', "system: has an unpaired surrogate"),
         ("tools: maybe", "tools: must be true or false, not 'maybe'"),
         ("chat_kwargs: 1", "chat_kwargs: must be a mapping"),
         ("user: [", "line 1"),

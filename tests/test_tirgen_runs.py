@@ -222,6 +222,20 @@ def test_a_cut_off_line_is_removed(tmp_path):
     assert read_names(tmp_path / "missing") == set()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"5", b"null", b"{}", b"[", b"\xff", b'"name"', {"segments": None}, {"segments": [["a"]]}, {"problem": 1}]
+    + [{"segments": [[5, True]]}, {"segments": [["a", "false"]]}, {"color": "red"}],
+)
+def test_line_that_is_no_draft_is_named(tmp_path, line):
+    path, draft = tmp_path / "drafts.jsonl", Draft(Problem("p", "?"), "p#0").to_record()
+    bad = json.dumps(draft | line).encode() if isinstance(line, dict) else line
+    path.write_bytes(json.dumps(draft).encode() + b"\n" + bad + b"\n")
+    for read in (read_names, lambda path: list(read_drafts([path]))):
+        with pytest.raises(UserError, match=f"{path}:2: not a draft of run_tirgen.py"):
+            read(path)
+
+
 def test_a_lost_server_is_tried_again(monkeypatch, scripted):
     main([*FLAGS, "--out", "whole"])
     pauses = []

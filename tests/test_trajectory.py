@@ -75,6 +75,13 @@ def trajectory_of(tokenizer, *turns: str, finish: str = "stop", end: tuple[int, 
     return trajectory
 
 
+def test_observation_without_room_is_the_mark_of_what_is_missing():
+    for limit in (0, 1, -3):
+        assert ExecResult("ok", "abcdef\n").observation(limit) == "..."
+    assert ExecResult("ok", "abcdef\n").observation(2) == "a...f"
+    assert ExecResult("ok", "abcdef\n").observation(6) == "abcdef"
+
+
 BLOCK = "so\n```python\nprint(4)\n```"
 
 

@@ -35,7 +35,7 @@ def code_problem(row: dict, where: str) -> tuple[str, str, str] | None:
     try:
         if {"entry_point", "test"} <= row.keys():
             name, setup = row["entry_point"], row["prompt"]
-            task, tests = row["prompt"], {"tests": f"{row['test']}\ncheck({name})\n"}
+            task, tests = row["prompt"], {"tests": row["test"] + f"\ncheck({name})\n"}
         elif {"code", "test_list"} <= row.keys():
             asserts = list(row["test_list"])
             name = tested_function(row["code"], asserts[0])
@@ -49,12 +49,15 @@ def code_problem(row: dict, where: str) -> tuple[str, str, str] | None:
             tests |= {"inputs": [*row["base_input"], *row["plus_input"]]}
         else:
             return None
+        if not name.isidentifier():
+            raise TypeError(f"{name!r} is not the name of a function")
         task = f"```python\n{task.strip()}\n```" if f"def {name}" in task else task.strip().strip('"').strip()
     except (TypeError, AttributeError, LookupError, SyntaxError, StopIteration) as error:
         kind = f"{type(error).__name__}: {error}"
         raise ValueError(f"{where}: not a row of HumanEval, MBPP or EvalPlus ({kind})") from None
     tests = json.dumps({"name": name, "setup": setup, **tests})
-    return str(row.get("task_id", "")), QUESTION.format(name=name, task=task), tests
+    id = row.get("task_id")
+    return "" if id is None else str(id), QUESTION.format(name=name, task=task), tests
 
 
 def tested_function(code: str, test: str) -> str:

@@ -108,16 +108,17 @@ def _load(source: str, split: str, limit: int | None, seed: int) -> list[Problem
 # Each reader yields (where, row). `where` names the file and the line or row in error messages.
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """("path:line", value) of each line that is not blank. Raises ValueError, which names the line at fault."""
     with path.open("rb") as file:  # text mode would count a lone "\r" as a line break
         for number, raw in enumerate(file, 1):
             if raw.strip(b"\xef\xbb\xbf \t\r\n"):
-                yield f"{path}:{number}", _parse_json(raw, path, number)
+                yield f"{path}:{number}", parse_json(raw, path, number)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     raw = path.read_bytes()
-    rows = _parse_json(raw, path, 1) if raw.strip() else []
+    rows = parse_json(raw, path, 1) if raw.strip() else []
     if not isinstance(rows, list):
         raise ValueError(f"{path}:1: expected a list of objects (use .jsonl for one object per line)")
     yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
@@ -134,7 +135,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path}: not a readable parquet file ({_one_line(error)})") from None
 
 
-READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+READERS = {".jsonl": read_jsonl, ".json": _json_rows, ".parquet": _parquet_rows}
 
 
 def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -157,10 +158,10 @@ def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _parse_json(raw: bytes, path: Path, line: int) -> Any:
-    """Parse `raw`, which starts at line `line` of the file."""
+def parse_json(raw: bytes, path: Path, line: int) -> Any:
+    """Parse `raw`, which starts at line `line` of the file. Raises ValueError, which names the line at fault."""
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         line, fault = line + raw.count(b"\n", 0, error.start), "not UTF-8"
     except json.JSONDecodeError as error:
@@ -178,9 +179,10 @@ def _problem(row: Any, where: str, source: str, number: int) -> Problem:
         raise ValueError(f"{where}: expected an object with a question and an answer, found {type(row).__name__}")
     if code := code_problem(row, where):
         task, question, tests = code
+        question = cell_text(question, f"{where}: 'prompt'")
         return Problem(task or f"{source}/{number}", question, source=source, tests=tests)
     row = {name.lower(): value for name, value in row.items()}  # SVAMP's names are capitalised
-    cells = {column: _text(row.get(column), f"{where}: '{column}'") for column in COLUMNS}
+    cells = {column: cell_text(row.get(column), f"{where}: '{column}'") for column in COLUMNS}
     question = cells["question"] or cells["problem"] or _chat_question(row.get("prompt"), where)
     question = "\n".join(filter(None, (cells["context"], cells["body"], question)))
     answer = cells["answer"] or cells["final_answer"]  # OlympiadBench uses final_answer
@@ -188,7 +190,7 @@ def _problem(row: Any, where: str, source: str, number: int) -> Problem:
         answer = answer.rpartition("####")[2].strip()
         answer = answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
     if not answer and isinstance(row.get("reward_model"), dict):
-        answer = _text(row["reward_model"].get("ground_truth"), f"{where}: 'ground_truth'")
+        answer = cell_text(row["reward_model"].get("ground_truth"), f"{where}: 'ground_truth'")
     answer = answer or extract_answer(cells["solution"]) or ""
     if not question:
         raise ValueError(f"{where}: no question; expected text in 'question' or 'problem'")
@@ -205,7 +207,7 @@ def _chat_question(prompt: Any, where: str) -> str:
         if [turn.get("role") for turn in turns] != ["user"]:
             raise ValueError(f"{where}: 'prompt' must be a chat with one message of the user")
         prompt = turns[0].get("content")
-    return INSTRUCTIONS.sub("", _text(prompt, f"{where}: 'prompt'")).strip()
+    return INSTRUCTIONS.sub("", cell_text(prompt, f"{where}: 'prompt'")).strip()
 
 
 def _pass_rate(value: Any, where: str) -> float | None:
@@ -216,12 +218,15 @@ def _pass_rate(value: Any, where: str) -> float | None:
     return float(value)
 
 
-def _text(value: Any, where: str) -> str:
-    """Convert a cell to text: None and NaN become "", 42.0 becomes "42", and lists are joined by commas."""
+def cell_text(value: Any, where: str) -> str:
+    """Convert a cell to text: None and NaN become "", 42.0 becomes "42", and lists are joined by commas.
+
+    Raises ValueError, which starts with `where`, for other types and for an unpaired surrogate.
+    """
     if value is None or value != value:
         return ""
     if isinstance(value, list):
-        return ", ".join(_text(item, where) for item in value)
+        return ", ".join(cell_text(item, where) for item in value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{where} is of type {type(value).__name__}, expected text or a number")
     text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()

@@ -23,6 +23,7 @@ from thor.metrics import Score, equal_classes
 from thor.rollout import Sampling, solve
 from thor.run_folder import to_line, write_atomic
 from thor.sandbox import Executor
+from thor.settings import UserError
 from thor.text import decode, extract_answer
 from thor.trajectory import Problem, Trajectory
 from thor.verify import grade, verify
@@ -185,12 +186,19 @@ class ScoreLog:
             file.write("".join(lines))
 
     def read(self) -> dict[str, list[dict]]:
-        """problem id -> the records of its samples in order, of all ranks. A line that a crash cut off is left out."""
+        """problem id -> the records of its samples in order, of all ranks. A line that a crash cut off is left out.
+
+        Raises UserError for any other line that does not hold a sample.
+        """
         groups: dict[str, dict[int, dict]] = defaultdict(dict)
         for path in sorted(self.folder.glob("trajectories*.jsonl")):
-            with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-                for record in (json.loads(line) for line in file if line.endswith("\n")):
-                    groups[record["id"]][record["sample"]] = record
+            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+                try:
+                    score = Score.from_dict(record := json.loads(line))
+                    groups[score.id][score.sample] = record
+                except (ValueError, KeyError, TypeError) as error:
+                    fault = f"no {error}" if isinstance(error, KeyError) else error
+                    raise UserError(f"{path}:{number}: not a sample of run_infer.py ({fault})") from error
         return {id: [group[i] for i in sorted(group)] for id, group in groups.items()}
 
     def scores(self) -> list[Score]:

@@ -254,9 +254,11 @@ TITLES = {  # metric -> (title, factor, digits); others are shown in percent
     "truncated": ("truncated %", 100, 1),
     "tokens": ("tokens", 1, 1),
     "discarded": ("discarded", 1, 1),
+    "corrections": ("corrections", 1, 2),
 }
 STAGE_COLUMNS = ("problems", "accuracy", "code_ratio", "code_pass_rate", "tokens", "discarded")
 CODE_COLUMNS = ("code_ratio", "code_pass_rate", "accuracy_all_passed", "accuracy_some_failed", "accuracy_no_code")
+COST_COLUMNS = ("truncated", "tokens", "discarded", "corrections")
 
 
 def table(rows: Sequence[tuple[str, Summary]], columns: Sequence[str] = STAGE_COLUMNS) -> str:
@@ -279,7 +281,7 @@ def cell(value: Sequence[float | None] | int | None, metric: str, difference: bo
     mean, low, high = (x * factor for x in value)
     if difference:
         return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{mean:.{digits}f} [{low:.0f}-{high:.0f}]"
+    return f"{mean:.{digits}f} [{low:.{digits - 1}f}-{high:.{digits - 1}f}]"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -294,7 +296,7 @@ def results_tables(name: str, summary: Summary) -> str:
     """Two tables of a run: answers, and code and cost. Rows are the sources and their average, or just `name`."""
     rows = [*summary["sources"].items(), (AVERAGE, summary)] if len(summary["sources"]) > 1 else [(name, summary)]
     answers = ["problems", "accuracy", *(metric for metric in summary if "@" in metric)]
-    return "\n\n".join(table(rows, c) for c in (answers, (*CODE_COLUMNS, "truncated", "tokens", "discarded")))
+    return "\n\n".join(table(rows, c) for c in (answers, (*CODE_COLUMNS, *COST_COLUMNS)))
 
 
 def accuracy_table(rows: Sequence[tuple[str, Summary]]) -> str:

@@ -99,7 +99,7 @@ TYPE_NAMES = {str: "text", bool: "true or false", dict: "a mapping"}
 def load_prompt(name_or_file: str | Path) -> Prompt:
     """Return a built-in prompt by name, or read a YAML file with fields of `Prompt`.
 
-    Raises ValueError with one line that names the file and what is wrong with it.
+    A name without a value keeps its default. Raises ValueError with one line that names the file and what is wrong.
     """
     if name_or_file in PROMPTS:
         return PROMPTS[name_or_file]
@@ -116,9 +116,11 @@ def load_prompt(name_or_file: str | Path) -> Prompt:
         if name not in fields:
             raise ValueError(f"{name_or_file}: no field is named {name!r}; the fields are {', '.join(fields)}")
         wanted = type(getattr(PROMPTS["tool"], name))
-        if not isinstance(value, wanted):
+        if value is not None and not isinstance(value, wanted):
             raise ValueError(f"{name_or_file}: {name}: must be {TYPE_NAMES[wanted]}, not {value!r}")
-    prompt = Prompt(**values)
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise ValueError(f"{name_or_file}: {name}: has an unpaired surrogate, which is not valid Unicode")
+    prompt = Prompt(**{name: value for name, value in values.items() if value is not None})
     if QUESTION not in prompt.user:
         raise ValueError(f"{name_or_file}: user: must contain {QUESTION}")
     return prompt

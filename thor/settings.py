@@ -171,19 +171,23 @@ def _number_fault(value: Any, bounds: dict[str, float]) -> str:
 
 
 def _flags_from(config: str, cls: type, parser: _Parser) -> list[str]:
-    """The settings of a YAML file as command line flags. A name without a value keeps its default."""
+    """The settings of a YAML file as command line flags. An empty value or list keeps the default."""
     try:
         values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {config}: {' '.join(str(error).split())}")
     if not isinstance(values, dict):
         parser.error(f"--config {config}: must consist of 'name: value' lines")
     for name in sorted({str(name) for name in values} - {field.name for field in dataclasses.fields(cls)}):
         parser.error(f"--config {config}: no setting is named {name!r}")
-    values = {
-        name: value if isinstance(value, list) else [value] for name, value in values.items() if value is not None
-    }
-    return [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
+    flags = []
+    for name, value in values.items():
+        parts = value if isinstance(value, list) else [] if value is None else [value]
+        if any(part is None or isinstance(part, (dict, list)) for part in parts):
+            parser.error(f"--config {config}: {name}: must be a value or a list of values, not {value}")
+        if parts:
+            flags += [f"--{name}", *map(str, parts)] if isinstance(value, list) else [f"--{name}={value}"]
+    return flags
 
 
 PROMPT_HELP = "prompt: tool, plain, tool-base, plain-base or a YAML file; empty: the model's own, or tool"

@@ -88,6 +88,7 @@ BOX_TOKENS = re.compile(
     r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\boxed\s*(?P<bare>[-+]?\d[\d.,/]*|(?<=\s)[A-Za-z]\b)|\\.|[{}]", re.DOTALL
 )
 EMPTY = re.compile(r"(?:[\s~${}]|\\[,;:! ]|\\(?:q?quad|text|mathrm|mbox)(?![A-Za-z]))*")
+HALF_SPACE = re.compile(r"(?<!\\)\\\Z")  # what `strip` leaves of "\\ "
 MARKUP = re.compile(r"\s|[~$*{}]|(?<!\\)\\[()\[\],;:! ]|\\(?:text|mathrm|mbox)(?![A-Za-z])")
 # between the boxes of a list, without MARKUP
 LINK = re.compile(r"(?:[,;&，、]|\\\\|\\(?:q?quad|enspace|hspace[\w.]*|lor|vee)|and|or|和|或)+")
@@ -121,9 +122,9 @@ def find_boxes(text: str) -> list[tuple[int, int, str]]:
         elif token[0] == "{":
             open_braces.append(None)
         elif token[0] == "}" and open_braces and (box := open_braces.pop()):
-            contents = text[box[1] : token.start()].strip()
+            contents = text[box[1] : token.start()]
             if not EMPTY.fullmatch(contents) and not (boxes and boxes[-1][0] > box[0]):
-                boxes.append((box[0], token.end(), contents))
+                boxes.append((box[0], token.end(), HALF_SPACE.sub("", contents.strip())))
     return boxes
 
 

@@ -58,7 +58,7 @@ class ExecResult:
         printed = self.stdout.strip("\n") if self.stdout.strip() else ""
         error = "" if self.passed else self.error or self.status.replace("_", " ")
         text = f"{printed}\n{error}" if printed and error else printed or error
-        half = limit // 2
+        half = max(0, limit) // 2
         return text if len(text) <= limit else text[:half] + "..." + text[len(text) - half :]
 
 

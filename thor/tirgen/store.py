@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from thor.data import cell_text, parse_json
 from thor.settings import UserError
 from thor.tirgen.draft import Draft
 from thor.tirgen.filters import Rates, Selection
 from thor.tirgen.report import KeptStatistics
+from thor.trajectory import Problem
 
 
 class Where(NamedTuple):
@@ -22,11 +24,13 @@ class Where(NamedTuple):
 
 
 def read_drafts(paths: Iterable[Path]) -> Iterator[tuple[Where, Draft]]:
-    """All drafts of some files, with their places. Raises UserError if two drafts have the same name."""
+    """All drafts of some files, with their places.
+
+    Raises UserError for a line that is not a draft, and if two drafts have the same name.
+    """
     seen: set[str] = set()
     for path in paths:
-        for where, record in _records(path):
-            draft = Draft.from_record(record)
+        for where, draft in _drafts(path):
             if draft.name in seen:
                 raise UserError(f"{path}: has the try {draft.name} a second time; merge each shard once")
             seen.add(draft.name)
@@ -53,18 +57,20 @@ def read_names(path: Path) -> set[str]:
             if size > start:
                 break
         file.truncate(size)
-    return {record["name"] for _, record in _records(path)}
+    return {draft.name for _, draft in _drafts(path)}
 
 
-def _records(path: Path) -> Iterator[tuple[Where, dict]]:
+def _drafts(path: Path) -> Iterator[tuple[Where, Draft]]:
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: no complete line of JSON; --resume its run first") from error
-            yield Where(path, offset), record
+                draft = Draft.from_record(parse_json(line, path, number))
+                if not all(isinstance(text, str) and isinstance(own, bool) for text, own in draft.segments):
+                    raise TypeError("segments must consist of a text and true or false")
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise UserError(f"{path}:{number}: not a draft of run_tirgen.py ({error}); --resume its run") from error
+            yield Where(path, offset), draft
             offset += len(line)
 
 
@@ -88,6 +94,29 @@ def to_row(draft: Draft, rates: Rates) -> dict:
         "pass_rate": rates.pass_rate,
         "plain_pass_rate": rates.plain_pass_rate,
     }
+
+
+def from_row(row: Any, where: str) -> tuple[Problem, list[tuple[str, bool]]]:
+    """Problem and segments (text, was it sampled?) of a line of tir.jsonl.
+
+    Raises ValueError, which starts with `where`, for everything that training could not use.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+    cells = {name: cell_text(row.get(name), f"{where}: '{name}'") for name in ("id", "question", "answer")}
+    for name, text in cells.items():
+        if not text or (name == "question" and not isinstance(row[name], str)):
+            raise ValueError(f"{where}: '{name}' is {row.get(name)!r}, expected text")
+    found = row.get("segments")
+    segments = found if isinstance(found, list) else []
+    for number, segment in enumerate(segments, 1):
+        text, own = (segment.get("text"), segment.get("sampled")) if isinstance(segment, dict) else (None, None)
+        if not isinstance(text, str) or not text or not isinstance(own, bool):
+            raise ValueError(f"{where}: segment {number} needs text in 'text', and true or false in 'sampled'")
+        cell_text(text, f"{where}: segment {number}")
+    if not any(segment["sampled"] for segment in segments):
+        raise ValueError(f"{where}: 'segments' must be a list with at least one sampled segment")
+    return Problem(**cells), [(segment["text"], segment["sampled"]) for segment in segments]
 
 
 def write_rows(path: Path, selection: Selection) -> KeptStatistics:
