@@ -69,7 +69,7 @@ class Settings(FilterSettings):
 
     data: str = setting("synthetic", "problems: 'synthetic', a json/jsonl/parquet file, or a hub data set", "data")
     split: str = setting("train", "split of 'synthetic' or of a hub data set", "data")
-    limit: int | None = by_model(128, None, "number of problems to load", "data", min=1)
+    limit: int | None = by_model(160, None, "number of problems to load", "data", min=1)
     exclude: str = setting("", "test sets, separated by commas: problems that are also in them are dropped", "data")
     shard: str = setting("1/1", "i/n: only every n-th problem, from the i-th; see --merge", "data")
     merge: str = setting("", "run folders, separated by commas: filter all of their tries, and sample none", "data")
@@ -85,7 +85,7 @@ class Settings(FilterSettings):
         "judge", "judge or a YAML file: prompt of the first call, with --critic_calls 2", "model"
     )
     critic_calls: int = setting(1, "1: the critic judges and rewrites in one call, 2: in two", "model", min=1, max=2)
-    tries: int = by_model(2, 8, "trajectories per problem", "sampling", min=1)
+    tries: int = by_model(1, 8, "trajectories per problem", "sampling", min=1)
     plain_tries: int = by_model(0, 4, "samples of plain reasoning, to measure difficulty", "sampling", min=0)
     code_tries: int = by_model(2, 3, "maximum attempts to get working code for a step", "sampling", min=1)
     max_steps: int = by_model(6, 60, "maximum reasoning steps per trajectory", "sampling", min=1)

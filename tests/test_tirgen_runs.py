@@ -406,7 +406,7 @@ def test_every_problem_is_in_one_shard():
 
 def test_defaults_of_the_demo_model_are_not_those_of_others(capsys):
     demo = resolve(Settings())
-    assert (demo.tries, demo.step_tokens, demo.limit, demo.actor_prompt) == (2, 48, 128, "few-shot")
+    assert (demo.tries, demo.step_tokens, demo.limit, demo.actor_prompt) == (1, 48, 160, "few-shot")
     assert capsys.readouterr().out == ""
     other = resolve(Settings(actor="Qwen/Qwen3-8B"))
     assert (other.tries, other.step_tokens, other.limit, other.top_k) == (8, 4096, None, 30)
