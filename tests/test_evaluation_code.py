@@ -112,6 +112,58 @@ def test_inputs_that_are_too_much_for_the_reference_are_left_out(passes):
     assert not passes(row, "def shared(a, b):\n    return {2}")  # the last input counts
 
 
+FUNCTIONS = [  # (header, body, (arguments, result) of the first test, arguments of others, wrong bodies)
+    ("def total(xs):", "return sum(xs)", ("[1, 2]", "3"), [[[]], [[-1, 5, 5]]], ["return 3", "return sum(xs[:2])"]),
+    (
+        "def flip(s):",
+        "return s[::-1]",
+        ("'ab'", "'ba'"),
+        [["xyz"], [""]],
+        ["return s", "return ''.join(sorted(s, key=ord))"],
+    ),
+    (
+        "def split(n, k):",
+        "return n // k, n % k",
+        ("7, 2", "(3, 1)"),
+        [[-7, 2], [9, 3]],
+        ["return n // k, n", "return int(n / k), abs(n) % k"],
+    ),
+    ("def half(x):", "return x / 2", ("3", "1.5"), [[5], [0.5]], ["return x // 2", "return x / 2 + 0.001", "pass"]),
+    ("def tally(s):", "return {c: s.count(c) for c in s}", ("'aba'", "{'a': 2, 'b': 1}"), [["zz"]], ["return {}"]),
+]
+
+
+def in_each_format(header, body, test, inputs):
+    """The same problem as a row of HumanEval, of MBPP and of a file of EvalPlus."""
+    name = header[4 : header.index("(")]
+    code = f"{header}\n    {body}\n"
+    results = [(test[0], test[1]), *((repr(x)[1:-1], repr(call(code, name, x))) for x in inputs)]
+    asserts = [f"assert candidate({arguments}) == {result}" for arguments, result in results]
+    check = "".join(f"    {line}\n" for line in asserts)
+    asserts = [line.replace("candidate", name, 1) for line in asserts]
+    signature, solution = f'{header}\n    """Do it."""\n', f"    {body}\n"
+    yield {"prompt": signature, "entry_point": name, "test": f"def check(candidate):\n{check}", "task_id": "H/0"}
+    yield {"task_id": 1, "prompt": "Do it.", "code": code, "test_list": asserts}
+    yield {
+        **{"task_id": "M/0", "entry_point": name, "prompt": signature, "canonical_solution": solution},
+        **{"base_input": [list(eval(f"({test[0]},)"))], "plus_input": inputs, "assertion": asserts[0], "atol": 0},
+    }
+
+
+def call(code, name, arguments):
+    scope = {}
+    exec(code, scope)
+    return scope[name](*arguments)
+
+
+@pytest.mark.parametrize(("header", "body", "test", "inputs", "wrong"), FUNCTIONS)
+def test_right_solutions_pass_and_wrong_ones_fail_in_each_format(passes, header, body, test, inputs, wrong):
+    for row in in_each_format(header, body, test, inputs):
+        assert passes(row, f"{header}\n    {body}\n"), row
+        for other in (*wrong, "return None", "return [[]]", "raise ValueError"):
+            assert not passes(row, f"{header}\n    {other}\n"), (other, row)
+
+
 def test_last_block_that_defines_the_function_is_tested(passes):
     right = "def plus(a, b):\n    return a + b"
     assert passes(MBPP, "def plus(a, b):\n    return 0", right, "print(plus(1, 2))")
