@@ -450,7 +450,7 @@ def test_merging_a_run_that_was_killed_names_the_line(capsys):
     with pytest.raises(SystemExit) as stop:
         main([*FLAGS, "--merge", "run", "--out", "merged"])
     assert stop.value.code == 2
-    assert f"--merge run/drafts.jsonl:{PROBLEMS * 4 + 1}: no complete line" in capsys.readouterr().err
+    assert f"--merge run/drafts.jsonl:{PROBLEMS * 4 + 1}: not a draft of run_tirgen.py" in capsys.readouterr().err
 
 
 def test_the_critic_has_one_call_or_two(capsys):

@@ -678,7 +678,8 @@ def test_resume_accepts_only_settings_that_do_not_change_results(run):
     allowed = dict(device="cuda", rows=3, kv_tokens=999, tree=False, gradient_checkpointing=True, rank_timeout=9.0)
     allowed |= dict(max_tokens_per_micro_batch=7, iterations=99, save_every=5, keep=1, evaluate=True, report_to="none")
     allowed |= dict(log_trajectories=1)
-    assert {*allowed, "out"} == set(Run.MAY_CHANGE)
+    of_tirgen = {"preview", "patience", "alignment", "dry_run"}
+    assert {*allowed, *of_tirgen, "out"} == set(Run.MAY_CHANGE)
     Run(str(run.folder), replace(SETTINGS, **allowed), resume=True)
     for change in ({"lr": 1.0}, {"updates": 2}, {"temperature": 0.7}, {"sampler": "vllm"}, {"seed": 1}, {"group": 4}):
         with pytest.raises(UserError, match=f"--resume: {next(iter(change))} was"):

@@ -105,7 +105,7 @@ def from_row(row: Any, where: str) -> tuple[Problem, list[tuple[str, bool]]]:
         raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
     cells = {name: cell_text(row.get(name), f"{where}: '{name}'") for name in ("id", "question", "answer")}
     for name, text in cells.items():
-        if not text or (name == "question" and not isinstance(row[name], str)):
+        if row.get(name) is None or (name == "question" and not isinstance(row[name], str)):
             raise ValueError(f"{where}: '{name}' is {row.get(name)!r}, expected text")
     found = row.get("segments")
     segments = found if isinstance(found, list) else []
