@@ -188,13 +188,14 @@ def test_stop_rule_ends_the_completion_at_its_token(engine):
     free = complete(engine, [Request(str(i), p, 20, seed=i) for i, p in enumerate(prompts(6, seed=2))])
     assert all(c.finish == "length" or c.finish == "eos" for c in free.values())
     rules = [StopAfter(n) for n in (1, 2, 5, 9, 19, 99)]
-    cut = complete(engine, [Request(str(i), p, 20, seed=i, stop=rules[i]) for i, p in enumerate(prompts(6, seed=2))])
+    before = prompts(6, seed=2)
+    cut = complete(engine, [Request(str(i), p, 20, seed=i, stop=rules[i]) for i, p in enumerate(before)])
     for i, rule in enumerate(rules):
         full, part = free[str(i)], cut[str(i)]
         assert part.token_ids == full.token_ids[: len(part.token_ids)]
         assert part.logps == pytest.approx(full.logps[: len(part.logps)], abs=1e-4)
         assert part.finish == ("stop" if rule.n <= 0 else full.finish)
-        stream = TextStream(engine.tokenizer)
+        stream = TextStream(engine.tokenizer, before[i])  # a prompt may end within a character
         assert rule.text == "".join(stream.push(t) for t in part.token_ids if t not in engine.eos)
     assert not engine.llm.llm_engine.has_unfinished_requests()  # vLLM has aborted them too
 
