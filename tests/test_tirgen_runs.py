@@ -414,7 +414,7 @@ def test_defaults_of_the_demo_model_are_not_those_of_others(capsys):
     line = capsys.readouterr().out
     assert "Qwen/Qwen3-8B is not the demo model" in line and "step_tokens 4096" in line and "limit all" in line
     mixed = resolve(Settings(actor=DEMO_MODEL, critic="Qwen/Qwen3-32B", step_tokens=7))
-    assert (mixed.code_tokens, mixed.code_tries, mixed.tries, mixed.limit) == (4096, 3, 2, 128)
+    assert (mixed.code_tokens, mixed.code_tries, mixed.tries, mixed.limit) == (4096, 3, 1, 160)
     assert (
         "Qwen/Qwen3-32B is not the demo model, so the defaults are: code_tries 3, code_tokens"
         in capsys.readouterr().out
@@ -422,6 +422,8 @@ def test_defaults_of_the_demo_model_are_not_those_of_others(capsys):
     other_way = resolve(Settings(actor="Qwen/Qwen3-8B", critic=DEMO_MODEL))
     assert (other_way.code_tokens, other_way.step_tokens, other_way.critic_prompt) == (128, 4096, "few-shot")
     assert mixed.actor_prompt == "few-shot" and mixed.critic_prompt == "critic" and mixed.step_tokens == 7
+    given = resolve(parse_settings(Settings, "", ["--actor", "x/7b", "--code_tokens", "128", "--tries", "1"]))
+    assert (given.code_tokens, given.tries, given.code_tries) == (128, 1, 3)  # what is given stays
 
 
 def test_a_dry_run_loads_no_model_and_writes_nothing(scripted, capsys):

@@ -94,7 +94,9 @@ def fill_defaults(settings: S, model: str, demo_model: str, names: Sequence[str]
     if values and rank() == 0:
         shown = ", ".join(f"{name} {'all' if value is None else value}" for name, value in values.items())
         print(f"{model} is not the demo model, so the defaults are: {shown}")
-    return dataclasses.replace(settings, **values)
+    filled = dataclasses.replace(settings, **values)
+    object.__setattr__(filled, "_given", getattr(settings, "_given", ()))  # for a second call, for another model
+    return filled
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
