@@ -335,7 +335,10 @@ def test_printer_colors_text_output_and_corrections():
     ("settings", "expected"),
     [
         (run_rl.Settings, {"lr": 1e-6, "max_tokens": 3200, "max_rounds": 5, "limit": None, "iterations": 200}),
-        (run_sft.Settings, {"lr": 2e-6, "max_tokens": 4096, "max_rounds": 5, "max_length": 20_000, "batch": 128, "epochs": 3}),
+        (
+            run_sft.Settings,
+            {"lr": 2e-6, "max_tokens": 4096, "max_rounds": 5, "max_length": 20_000, "batch": 128, "epochs": 3},
+        ),
     ],
 )
 def test_lengths_rates_and_limits_of_the_demo_model_are_not_those_of_others(settings, expected, capsys):

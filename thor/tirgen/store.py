@@ -104,7 +104,7 @@ def from_row(row: Any, where: str) -> tuple[Problem, list[tuple[str, bool]]]:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
     cells = {name: cell_text(row.get(name), f"{where}: '{name}'") for name in ("id", "question", "answer")}
-    for name, text in cells.items():
+    for name in cells:
         if row.get(name) is None or (name == "question" and not isinstance(row[name], str)):
             raise ValueError(f"{where}: '{name}' is {row.get(name)!r}, expected text")
     found = row.get("segments")
