@@ -79,7 +79,7 @@ class Settings:
     )
     suffix_tokens: int = setting(100, "L_suffix: thought tokens to resample (paper: 100)", "sampling", min=0)
     max_tokens: int = by_model(144, 4096, "maximum tokens per response, with tool output", "sampling", min=1)
-    max_rounds: int = by_model(2, 5, "maximum tool calls per response (paper: 5)", "sampling", min=0)
+    max_rounds: int = by_model(3, 5, "maximum tool calls per response (paper: 5)", "sampling", min=0)
     temperature: float = by_model(0.4, 0.6, "0: greedy, without self-correction", "sampling", min=0)
     top_p: float = setting(1.0, "nucleus sampling probability", "sampling", above=0, max=1)
     top_k: int = setting(0, "sample from the k most likely tokens; 0: off", "sampling", min=0)

@@ -85,7 +85,7 @@ class Settings(TrainSettings):
     )
     max_draws: int = setting(3, "maximum number of times that problems are drawn per iteration", "sampling", min=1)
     max_tokens: int = by_model(144, 3200, "maximum response length in tokens (paper: 3,200)", "sampling", min=1)
-    max_rounds: int = by_model(2, 5, "tool calls per trajectory (paper: 5)", "sampling", min=0)
+    max_rounds: int = by_model(3, 5, "tool calls per trajectory (paper: 5)", "sampling", min=0)
     temperature: float = setting(1.0, "sampling temperature, also used in training (paper: 1.0)", "sampling", above=0)
     suffix_tokens: int = setting(100, "L_suffix, thought tokens to regenerate (paper: 100)", "sampling", min=0)
     timeout: float = setting(5.0, "seconds a snippet may run", "sampling", above=0)

@@ -60,7 +60,7 @@ class Settings(TrainSettings):
     warmup: float = setting(0.05, "share of the steps in which lr rises (paper: 0.05)", "optimisation", min=0, max=1)
     eval_every: int = setting(0, "steps between validations; 0: only first and last", "validation", min=0)
     max_tokens: int = by_model(144, 4096, "maximum response length in validation, in tokens", "validation", min=1)
-    max_rounds: int = by_model(2, 5, "maximum tool calls per response in validation (paper: 5)", "validation", min=0)
+    max_rounds: int = by_model(3, 5, "maximum tool calls per response in validation (paper: 5)", "validation", min=0)
     save_every: int = setting(10, "optimizer steps between checkpoints", "run", min=1)
     memory_mb: int = setting(1024, "memory limit of a code block in MiB", "validation", min=1)
     out: str = setting("runs/sft", "run folder to write", "run")
@@ -83,12 +83,12 @@ def sft_loss(batch: Batch, scores: Scores) -> tuple[torch.Tensor, dict[str, floa
 
 
 def batches_of(count: int, settings: Settings) -> list[list[int]]:
-    """Row numbers of each optimizer step. Each epoch has a new order and uses all rows; its last batch may be small."""
-    steps = []
+    """Row numbers of each optimizer step. Each epoch has a new order and all rows, in batches of about one size."""
+    steps, batches = [], -(-count // settings.batch)
     for epoch in range(settings.epochs):
         order = list(range(count))
         random.Random(derive_seed(settings.seed, "order", epoch)).shuffle(order)
-        steps += [order[i : i + settings.batch] for i in range(0, count, settings.batch)]
+        steps += [order[i::batches] for i in range(batches)]
     return steps
 
 

@@ -276,7 +276,14 @@ READINGS = [
     (rf"What is the remainder when {E} is divided by {NUM}\?", lambda e, m: evaluate(e) % m),
     (rf"(?:Find|Compute) {E} mod(?:ulo)? {NUM}\.", lambda e, m: evaluate(e) % m),
     (rf".*(?:greatest common divisor|gcd) of {E}[?.]", lambda e: math.gcd(*map(int, re.findall(r"\d+", e)))),
-    (rf".*(?:least common multiple|lcm) of {E}[?.]", lambda e: math.lcm(*map(int, re.findall(r"\d+", e)))),
+    (
+        rf".* positive divisors of the least common multiple of {NUM} and {NUM}[?.]",
+        lambda a, b: len(divisors(math.lcm(a, b))),
+    ),
+    (
+        rf"(?!.*divisors).*(?:least common multiple|lcm) of {E}[?.]",
+        lambda e: math.lcm(*map(int, re.findall(r"\d+", e))),
+    ),
     (rf".* multiples of {NUM} from {NUM} to {NUM}[?.]", lambda k, a, b: sum(n for n in range(a, b + 1) if n % k == 0)),
     (rf".* squares of all integers from {NUM} to {NUM}[?.]", lambda a, b: sum(n**2 for n in range(a, b + 1))),
     (rf".* cubes of all integers from {NUM} to {NUM}[?.]", lambda a, b: sum(n**3 for n in range(a, b + 1))),
@@ -303,6 +310,12 @@ READINGS = [
     ),
     (rf".*sum of the digits of {NUM} in base {NUM}\?", lambda n, base: sum(map(int, in_base(n, base)))),
     (rf"Write {NUM} in base {NUM} and add up its digits\.", lambda n, base: sum(map(int, in_base(n, base)))),
+    (rf".* digits of the product of {NUM} and {NUM}[?.]", lambda a, b: sum(map(int, str(a * b)))),
+    (
+        rf".* {NUM} to the power s, if .* digits of {NUM} \* {NUM}\?",
+        lambda c, a, b: c ** sum(map(int, str(a * b))),
+    ),
+    (rf".* digits of {NUM} \* {NUM}, what is {NUM} to the power s\?", lambda a, b, c: c ** sum(map(int, str(a * b)))),
     (rf".* digits of {NUM}\*\*{NUM}[?.]", lambda a, n: sum(map(int, str(a**n)))),
     (rf".* (?:digit|equal to) {NUM} (?:occur )?in {NUM}\*\*{NUM}[?.]", lambda d, a, n: str(a**n).count(str(d))),
     (rf"In how many ways can you choose {NUM} of {NUM} people\?", lambda k, n: math.comb(n, k)),

@@ -2,13 +2,14 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer
 
 from run_tirgen import ActorCritic, Settings, critic_sampling, grade, resolve, sample_drafts
 from thor.demo import synthetic_problems
-from thor.demo.few_shot import DEMONSTRATIONS, nearest_demonstrations
+from thor.demo.few_shot import DEMONSTRATIONS, few_shot_critic, nearest_demonstrations
 from thor.prompts import TIRGEN_PROMPTS
 from thor.rollout import drive
 from thor.run_folder import Run
@@ -67,9 +68,17 @@ def asked(engine, who: str) -> list[str]:
 
 
 def test_demonstrations_print_their_recorded_output(executor):
-    results = executor.run([d.code for d in DEMONSTRATIONS])
-    for demonstration, result in zip(DEMONSTRATIONS, results, strict=True):
-        assert result.passed and result.observation() == demonstration.output, demonstration.question
+    steps = [step for demonstration in DEMONSTRATIONS for step in demonstration.steps]
+    for step, result in zip(steps, executor.run([step.code for step in steps]), strict=True):
+        assert result.passed and result.observation() == step.output, step
+    assert {len(demonstration.steps) for demonstration in DEMONSTRATIONS} == {1, 2, 3}
+
+
+def test_a_step_of_a_demonstration_computes_with_the_output_of_the_one_before():
+    for demonstration in DEMONSTRATIONS:
+        for before, step in pairwise(demonstration.steps):
+            assert before.output in step.logic and before.output in step.code
+            assert before.output not in demonstration.question
 
 
 def test_no_demonstration_is_a_problem():
@@ -78,8 +87,22 @@ def test_no_demonstration_is_a_problem():
 
 
 def test_most_similar_demonstration_comes_last():
-    assert "lcm" in nearest_demonstrations("What is the least common multiple of 6 and 8?")[-1].code
-    assert "primerange" in nearest_demonstrations("Count the primes between 5 and 77.")[-1].code
+    assert "lcm" in nearest_demonstrations("What is the least common multiple of 6 and 8?")[-1].steps[0].code
+    assert "primerange" in nearest_demonstrations("Count the primes between 5 and 77.")[-1].steps[0].code
+
+
+def test_problems_of_several_steps_get_such_demonstrations():
+    wanted = {"product_digits": 2, "lcm_divisors": 2, "digits_power": 3}
+    for problem in synthetic_problems("train", 200, 0):
+        first, last = (len(demonstration.steps) for demonstration in nearest_demonstrations(problem.question))
+        assert last == wanted.get(problem.family, 1) and (first == last or last == 1), problem
+
+
+def test_the_critic_sees_the_demonstrated_step_that_is_most_like_the_one_at_hand():
+    question = "What is the sum of the digits of the product of 12 and 34?"
+    assert few_shot_critic(question, "Multiply 12 by 34.").count("\nprint(sum(") == 0
+    second = few_shot_critic(question, "Add up the digits of 408.")
+    assert second.count("\nprint(sum(") == 2 and "318 * 467" not in second
 
 
 # ---- steps of one line ----------------------------------------------------------------------------------------------

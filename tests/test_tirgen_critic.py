@@ -249,9 +249,12 @@ def test_the_contract_of_a_rewrite(logic, code, fault):
 
 
 def test_demonstrations_keep_the_contract():
-    for d in DEMONSTRATIONS:
-        assert contract_fault(Rewrite(0, 0, d.logic, d.code), d.step, d.question) == "", d.logic
-        assert not states_output(d.logic, d.output, d.question)
+    for demonstration in DEMONSTRATIONS:
+        known = demonstration.question
+        for step in demonstration.steps:
+            assert contract_fault(Rewrite(0, 0, step.logic, step.code), step.step, known) == "", step
+            assert not states_output(step.logic, step.output, known)
+            known += step.output
 
 
 def test_a_stated_output_is_one_that_was_not_known_before():

@@ -325,6 +325,37 @@ def test_validation_keeps_the_curve_and_the_best_model(run, executor):
     assert f"best model: {run / 'best'}" in report and "a, step 0" in report and "change +25.0% [" in report
 
 
+@pytest.mark.parametrize(
+    "changed", [{}, {"max_tokens": 5}, {"seed": 1}, {"eval_samples": 2}, {"eval_limit": 3}, {"model": "best"}, "later"]
+)
+def test_the_last_validation_of_the_run_of_the_model_is_not_repeated(tmp_path, executor, changed):
+    tokenizer = byte_tokenizer((RIGHT, WRONG))
+    engine = ScriptedEngine(tokenizer, lambda request, turn: WRONG)
+    same = {name: getattr(SETTINGS, name) for name in validation_module.SAME_SCORES}
+    sft = Run(str(tmp_path / "sft"), run_sft.Settings(**same, report_to="none"), resume=False)
+    sft.start()
+    (sft / "final").mkdir()
+    sft.append("metrics.jsonl", {"step": 0})
+    for step, reward in enumerate((0.0, 1.0)):
+        scores = {name: [reward, reward, reward] for name in validation_module.LOGGED}
+        sft.append("validation.jsonl", {"step": step, "data": "a", **scores, "rewards": [[reward]]})
+    known = not changed
+    if changed == "later":  # the run went on with --evaluate False
+        sft.append("metrics.jsonl", {"step": 1})
+        changed = {}
+    settings = replace(SETTINGS, **{**changed, "model": str(sft / changed.get("model", "final"))})
+    run = Run(str(tmp_path / "rl"), settings, resume=False)
+    run.start()
+    sampling = Sampling(max_tokens=settings.max_tokens)
+    validate = Validation(run, settings, {"a": PROBLEMS[:1]}, engine, executor, sampling, Prompt())
+    for step in (0, 1):
+        validate(tiny_llama(tokenizer), step, {})
+        assert bool(engine.requests) == (step == 1 or not known)
+    first, last = run.read("validation.jsonl")
+    assert first["step"] == 0 and first["rewards"] == ([[1.0]] if known else [[0.0] * settings.eval_samples])
+    assert last["step"] == 1 and last["rewards"] == [[0.0] * settings.eval_samples]
+
+
 def test_validation_uses_the_limits_of_the_run_and_equal_seeds_each_time(run, executor):
     tokenizer = byte_tokenizer((RIGHT, WRONG, GOOD))
     engine = ScriptedEngine(tokenizer, lambda request, turn: GOOD if turn < 2 else RIGHT)

@@ -10,27 +10,37 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from thor.prompts import tir_step
 
 
-@dataclass(frozen=True)
-class Demonstration:
-    """A question, the actor's step, the critic's rewrite of it (logic and code), and the output of the code."""
+class Step(NamedTuple):
+    """The actor's step, the critic's rewrite of it (logic and code), and the output of the code."""
 
-    question: str
     step: str
     logic: str
     code: str
     output: str
 
 
+class Demonstration(NamedTuple):
+    """A question and the steps to its answer, which is the output of the last one."""
+
+    question: str
+    steps: tuple[Step, ...]
+
+    @property
+    def answer_line(self) -> str:
+        return f"The answer is \\boxed{{{self.steps[-1].output}}}."
+
+
 def load_demonstrations() -> list[Demonstration]:
     """Read the demonstrations that ship with the package."""
     lines = Path(__file__).with_name("few_shot.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Demonstration(**json.loads(line)) for line in lines]
+    rows = map(json.loads, lines)
+    return [Demonstration(row["question"], tuple(Step(**step) for step in row["steps"])) for row in rows]
 
 
 def words(text: str) -> set[str]:
@@ -70,23 +80,26 @@ def nearest_demonstrations(question: str, k: int = 2) -> list[Demonstration]:
 def few_shot_actor(question: str) -> str:
     """Return the actor's few-shot prefix: complete solutions in the format in which the actor continues its own."""
     return "".join(
-        f"Question: {d.question}\n{tir_step(d.logic, d.code)}```output\n{d.output}\n```\n{answer_line(d)}\n\n"
+        f"Question: {d.question}\n"
+        + "".join(f"{tir_step(s.logic, s.code)}```output\n{s.output}\n```\n" for s in d.steps)
+        + f"{d.answer_line}\n\n"
         for d in nearest_demonstrations(question)
     )
 
 
 def few_shot_plain(question: str) -> str:
     """Return the prefix for plain reasoning, whose solutions have no code."""
-    return "".join(f"Question: {d.question}\n{d.logic}\n{answer_line(d)}\n\n" for d in nearest_demonstrations(question))
-
-
-def few_shot_critic(question: str) -> str:
-    """Return the critic's few-shot prefix: an actor's steps, each with its rewrite."""
-    return NO_CODE_EXAMPLES + "".join(
-        f"Question: {d.question}\nStep: {d.step}\nRewrite: {tir_step(d.logic, d.code)}\n"
+    return "".join(
+        f"Question: {d.question}\n" + "".join(f"{s.logic}\n" for s in d.steps) + f"{d.answer_line}\n\n"
         for d in nearest_demonstrations(question)
     )
 
 
-def answer_line(demonstration: Demonstration) -> str:
-    return f"The answer is \\boxed{{{demonstration.output}}}."
+def few_shot_critic(question: str, step: str) -> str:
+    """Return the critic's few-shot prefix: of each demonstration the step most similar to `step`, with its rewrite."""
+    asked = words(step)
+    return NO_CODE_EXAMPLES + "".join(
+        f"Question: {d.question}\nStep: {s.step}\nRewrite: {tir_step(s.logic, s.code)}\n"
+        for d in nearest_demonstrations(question)
+        for s in [max(d.steps, key=lambda s: len(words(s.step) & asked))]
+    )

@@ -224,5 +224,28 @@ def rates(rng: Random, level: int) -> Candidate:
     return text, lambda: 60 * sympy.solve(X / a + X / b - 1)[0]
 
 
+# The last three want several blocks of code, in which one computes with the output of another.
+
+
+def product_digits(rng: Random, level: int) -> Candidate:
+    a, b = rng.randint(10 ** (level + 1), 10 ** (level + 2)), rng.randint(12, 10 ** (level + 1))
+    what = f"the sum of the digits of the product of {a} and {b}"
+    return f"What is {what}?|Find {what}.", lambda: sum(digits(Integer(a) * b, 10))
+
+
+def lcm_divisors(rng: Random, level: int) -> Candidate:
+    factor = rng.randint(2, 30 * level)
+    a, b = (factor * k for k in rng.sample(range(2, 30 * level), 2))
+    what = f"the number of positive divisors of the least common multiple of {a} and {b}"
+    return f"What is {what}?|Find {what}.", lambda: sympy.divisor_count(sympy.lcm(a, b))
+
+
+def digits_power(rng: Random, level: int) -> Candidate:
+    a, b, c = rng.randint(12, 99 * level), rng.randint(12, 99), rng.randint(2, 9)
+    what, rule = f"what is {c} to the power s", f"s is the sum of the digits of {a} * {b}"
+    return f"W{what[1:]}, if {rule}?|If {rule}, {what}?", lambda: Integer(c) ** sum(digits(Integer(a) * b, 10))
+
+
 FAMILIES = (product, remainder, gcd_lcm, series, primes, linear, quadratic, bases)
 FAMILIES += (digit_sum, factorials, divisors, counting, recurrence, shopping, rates)
+FAMILIES += (product_digits, lcm_divisors, digits_power)

@@ -141,7 +141,7 @@ def dry_run(problems: list[Problem], excluded: dict[str, int], prompts: Prompts,
 def show_prompt(name: str, prompt: Prompt | str, question: str) -> str:
     """A prompt as text, before a tokenizer renders it."""
     if prompt == FEW_SHOT:
-        start = few_shot_actor(question) if name == "actor" else few_shot_critic(question)
+        start = few_shot_actor(question) if name == "actor" else few_shot_critic(question, "")
         return f"{start}Question: {question}\n" + ("" if name == "actor" else "Step: {step}\nRewrite:")
     turns = {"system": prompt.system, "user": prompt.user.replace(QUESTION, question)}
     return "\n".join(f"{role}: {text}" for role, text in turns.items() if text)

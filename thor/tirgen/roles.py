@@ -201,8 +201,8 @@ class FewShotCritic:
         return "\\boxed" not in text or not numbers(text) <= numbers(observed)
 
     def prompt(self, question: str, solution: str, parts: list[str], feedback: str = "") -> tuple[list[int], int]:
-        shared = start_ids(self.tokenizer) + encode(self.tokenizer, few_shot_critic(question))
         step = show_parts(parts)
+        shared = start_ids(self.tokenizer) + encode(self.tokenizer, few_shot_critic(question, step))
         return shared + encode(self.tokenizer, f"Question: {question}\nStep: {step}\nRewrite:"), len(shared)
 
 
