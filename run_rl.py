@@ -117,7 +117,7 @@ class Settings(TrainSettings):
     value_coef: float = setting(0.5, "ppo: weight of the value loss", "objective", min=0)
     value_clip: float = setting(0.2, "ppo: clip range of the value function", "objective", min=0)
     whiten: bool = setting(False, "ppo: scale the advantages of each level to mean 0 and std 1", "objective")
-    iterations: int = by_model(8, 200, "iterations of sampling and updating", "optimisation", min=1)
+    iterations: int = by_model(6, 200, "iterations of sampling and updating", "optimisation", min=1)
     updates: int = setting(1, "optimizer steps per iteration", "optimisation", min=1)
     lr: float = by_model(4e-5, 1e-6, "peak learning rate (paper: 1e-6)", "optimisation", min=0)
     value_lr: float = setting(1e-3, "ppo: learning rate of the value head (initialised to 0)", "optimisation", min=0)

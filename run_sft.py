@@ -55,7 +55,7 @@ class Settings(TrainSettings):
     model: str = setting(DEMO_MODEL, "name of the demo model, folder or hub id", "model")
     prompt: str = setting("", PROMPT_HELP, "model")
     epochs: int = by_model(2, 3, "passes over the data (paper: 3)", "optimisation", min=1)
-    batch: int = by_model(16, 128, "trajectories per optimizer step (paper: 128)", "optimisation", min=1)
+    batch: int = by_model(12, 128, "trajectories per optimizer step (paper: 128)", "optimisation", min=1)
     lr: float = by_model(1e-4, 2e-6, "peak learning rate (paper: 2e-6)", "optimisation", min=0)
     warmup: float = setting(0.05, "share of the steps in which lr rises (paper: 0.05)", "optimisation", min=0, max=1)
     eval_every: int = setting(0, "steps between validations; 0: only first and last", "validation", min=0)

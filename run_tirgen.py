@@ -69,7 +69,7 @@ class Settings(FilterSettings):
 
     data: str = setting("synthetic", "problems: 'synthetic', a json/jsonl/parquet file, or a hub data set", "data")
     split: str = setting("train", "split of 'synthetic' or of a hub data set", "data")
-    limit: int | None = by_model(160, None, "number of problems to load", "data", min=1)
+    limit: int | None = by_model(128, None, "number of problems to load", "data", min=1)
     exclude: str = setting("", "test sets, separated by commas: problems that are also in them are dropped", "data")
     shard: str = setting("1/1", "i/n: only every n-th problem, from the i-th; see --merge", "data")
     merge: str = setting("", "run folders, separated by commas: filter all of their tries, and sample none", "data")
@@ -92,7 +92,7 @@ class Settings(FilterSettings):
     step_tokens: int = by_model(48, 4096, "maximum tokens per step, L_step (paper: 4,096)", "sampling", min=1)
     code_tokens: int = by_model(128, 4096, "maximum tokens per reply of the critic", "sampling", min=1)
     max_tokens: int = by_model(512, 20_000, "maximum tokens per trajectory", "sampling", min=1)
-    temperature: float = by_model(0.5, 0.6, "sampling temperature of the actor", "sampling", min=0)
+    temperature: float = by_model(0.3, 0.6, "sampling temperature of the actor", "sampling", min=0)
     top_p: float = setting(1.0, "nucleus sampling of the actor", "sampling", above=0, max=1)
     top_k: int = by_model(0, 30, "top-k of the actor; 0 is off", "sampling", min=0)
     critic_temperature: float | None = setting(None, "the critic's; empty: the actor's", "sampling", min=0)
