@@ -69,7 +69,7 @@ class Settings(FilterSettings):
 
     data: str = setting("synthetic", "problems: 'synthetic', a json/jsonl/parquet file, or a hub data set", "data")
     split: str = setting("train", "split of 'synthetic' or of a hub data set", "data")
-    limit: int | None = by_model(128, None, "number of problems to load", "data", min=1)
+    limit: int | None = by_model(160, None, "number of problems to load", "data", min=1)
     exclude: str = setting("", "test sets, separated by commas: problems that are also in them are dropped", "data")
     shard: str = setting("1/1", "i/n: only every n-th problem, from the i-th; see --merge", "data")
     merge: str = setting("", "run folders, separated by commas: filter all of their tries, and sample none", "data")
