@@ -107,7 +107,8 @@ def test_reject_reason_of_each_filter():
     assert reason(r"so \boxed{4}") == ""
     assert reason(r"so \boxed{4}, and much more text") == "no_box"
     assert reason("a long answer without a box") == "no_box"
-    assert reason(r"\boxed4") == "short"  # one token per byte
+    assert reason(r"\boxed4") == "short" and reason(r"\boxed{4}") == ""  # 7 and 9 tokens, one per byte
+    assert reason(r"\boxed{4}", action_mask=[False] + [True] * 8) == "short"  # only sampled tokens count
     assert [reason(r"so \boxed{4}", finish=f) for f in ("length", "rounds")] == ["unfinished"] * 2
     assert [reason(r"so \boxed{4}", finish=f) for f in ("infra", "failed_code")] == ["infra", "failed_code"]
 
@@ -288,6 +289,30 @@ def test_kl_and_entropy_terms_by_hand():
     loss, _ = hierarchical_loss(batch, scores, Settings(kl_coef=0.1, entropy_coef=0.01))
     # k3: 2 - 1 - log 2 for ratio 2, and 0 for ratio 1; the mean entropy is 1 and lowers the loss
     assert loss.item() == pytest.approx(0.1 * (1 - math.log(2)) / 2 - 0.01 * 1.0, abs=1e-6)
+
+
+def test_each_level_has_its_own_value_and_the_value_loss_a_weight():
+    logp, is_step = torch.zeros(2), torch.tensor([False, True])
+    fields = {"value_old": torch.tensor([1.0, 2.0]), "returns": torch.zeros(2)}
+    batch = batch_of(logp, logp.clone(), torch.zeros(2), is_step, Counts(1, 1, 0), **fields)
+    scores = Scores(logp, torch.zeros(2), torch.tensor([[1.0, 9.0], [9.0, 2.0]]))  # columns: trajectory, step
+    loss, info = hierarchical_loss(batch, scores, Settings(estimator="ppo", value_coef=0.1))
+    # squared errors 1^2 / 2 and 2^2 / 2; the advantages are 0
+    assert loss.item() == pytest.approx(0.1 * (0.5 + 2.0)) and info["loss_value"] == pytest.approx(2.5)
+
+
+def test_old_scores_are_of_the_policy_and_the_level_and_those_of_the_reference_of_the_reference():
+    class ScriptedTrainer:
+        reference = "reference"
+
+        def score(self, samples, model="policy"):
+            logp = {"policy": -1.0, "reference": -2.0}[model]
+            return [(torch.tensor([logp, logp]), torch.tensor([[0.25, 0.75]] * 2)) for _ in samples]
+
+    samples = [Sample(ledger("11"), 0.0, level) for level in ("trajectory", "step")]
+    add_old_scores(ScriptedTrainer(), samples, Settings(estimator="ppo", kl_coef=0.1))
+    assert [sample.value_old.tolist() for sample in samples] == [[0.25] * 2, [0.75] * 2]
+    assert all(sample.logp_old.tolist() == [-1.0] * 2 and sample.logp_ref.tolist() == [-2.0] * 2 for sample in samples)
 
 
 def test_collate_joins_action_tokens_and_omits_fields_that_a_sample_lacks():

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import run_rl
 import run_sft
-from run_rl import hierarchical_loss, sample_steps, sample_trajectories, train
+from run_rl import hierarchical_loss, rollout_metrics, sample_steps, sample_trajectories, train
 from thor.attention import use_layout_attention
 from thor.engines import HFEngine
 from thor.prompts import PROMPTS, Prompt
@@ -36,7 +36,7 @@ from thor.training.model import add_value_head, load_model, save_model
 from thor.training.problems import ProblemQueue, pass_rates
 from thor.training.trainer import Counts, Sample, Trainer, lr_factor
 from thor.training.validation import Validation, load_validation
-from thor.trajectory import ExecResult, Problem, Trajectory
+from thor.trajectory import ExecResult, Problem, Step, Trajectory
 
 ROOT = Path(__file__).parent.parent
 PROBLEMS = [Problem(str(i), "q", "4") for i in range(8)]
@@ -551,6 +551,56 @@ def test_second_draw_replaces_groups_without_a_signal(tokenizer, executor):
     assert learned == {order[1], order[3], order[4]} and len(samples) == 3 * settings.group
 
 
+def sample_once(tokenizer, settings, reply, executor, iterations=(0,)):
+    """Sample trajectories of one problem. Returns (counts, trajectories, requests, queue) of all iterations."""
+    engine, queue, everything, counts = ScriptedEngine(tokenizer, reply), ProblemQueue(PROBLEMS[:1], 0), [], Counter()
+    for iteration in iterations:
+        engine.turns.clear()
+        bar = tqdm(disable=True)
+        _, new, new_counts = sample_trajectories(
+            engine, executor, queue, iteration, settings, bar, PROMPTS["tool-base"]
+        )
+        everything += new
+        counts.update(new_counts)
+    return counts, everything, engine.requests, queue
+
+
+def test_each_draw_of_each_iteration_has_its_own_seeds_and_the_limits_of_the_settings(tokenizer, executor):
+    settings = replace(SETTINGS, prompts=1, group=3, max_draws=2, max_tokens=77, temperature=0.7)
+    counts, _, requests, _ = sample_once(tokenizer, settings, lambda request, turn: RIGHT, executor, (0, 1))
+    assert counts["draws"] == 4 and counts["groups_equal"] == 4 and counts["draws_capped"] == 2
+    assert len({request.seed for request in requests}) == len(requests) == 12
+    assert {(request.max_tokens, request.temperature) for request in requests} == {(77, 0.7)}
+    prompt = PROMPTS["tool-base"].render(tokenizer, "q")
+    assert all(request.token_ids == prompt for request in requests)
+
+
+def test_sampling_ends_at_a_failed_block_or_without_rounds_if_the_settings_say_so(tokenizer):
+    def reply(request, turn):
+        return BAD if turn == 0 else RIGHT
+
+    failing = ScriptedExecutor(lambda code: ExecResult("error", error="E"))
+    settings = replace(SETTINGS, prompts=1, group=2, max_draws=1, max_tokens=2000, min_tokens=1)
+    _, trajectories, _, _ = sample_once(tokenizer, settings, reply, failing)
+    assert [(t.finish, len(t.results), t.reward) for t in trajectories] == [("stop", 1, 1.0)] * 2
+    counts, trajectories, _, _ = sample_once(tokenizer, replace(settings, failed_code="drop"), reply, failing)
+    assert {t.finish for t in trajectories} == {"failed_code"} and counts["rejected_failed_code"] == 2
+    _, trajectories, _, _ = sample_once(tokenizer, replace(settings, max_rounds=0), reply, failing)
+    assert [(t.finish, len(t.results)) for t in trajectories] == [("stop", 0)] * 2
+
+
+def test_trajectories_lost_to_the_executor_do_not_count_as_wrong(tokenizer):
+    broken = ScriptedExecutor(lambda code: ExecResult("infra"))
+    settings = replace(SETTINGS, prompts=1, group=2, max_draws=1, max_tokens=2000, min_tokens=1)
+    counts, trajectories, _, queue = sample_once(
+        tokenizer, settings, lambda request, turn: BAD if request.id.endswith("#0") and turn == 0 else RIGHT, broken
+    )
+    assert sorted(t.finish for t in trajectories) == ["infra", "stop"] and counts["rejected_infra"] == 1
+    assert queue.state["pass_rates"] == {"0": 1.0}
+    counts, _, _, queue = sample_once(tokenizer, settings, lambda request, turn: BAD, broken)
+    assert queue.state["pass_rates"] == {} and counts["groups"] == counts["groups_thin"] == 1
+
+
 def scripted_step_level(tokenizer, settings, iteration: int = 0):
     """Sample the step level of three problems; each has two trajectories with two failed steps.
 
@@ -587,6 +637,59 @@ def test_step_level_uses_only_problems_with_a_right_answer_unless_told_otherwise
     assert counts["step_prompts"] == 4  # of problem 0: two trajectories with two failed steps
     _, counts, _ = scripted_step_level(tokenizer, replace(SETTINGS, prompts=99, step_problems="all"))
     assert counts["step_prompts"] == 12
+
+
+def test_step_level_uses_the_temperature_and_suffix_of_the_settings_and_drops_samples_without_a_block(tokenizer):
+    problem, thought = Problem("0", "q", "4"), "a long thought"
+    replies = [f"{thought}\n```python\nx\n```", RIGHT]
+    failing = ScriptedExecutor(lambda code: ExecResult("error", error="E"))
+    engine = ScriptedEngine(tokenizer, lambda request, turn: replies[turn])
+    trajectories = solve(engine, failing, [problem], Sampling(max_tokens=2000), deterministic=True)
+    for suffix_tokens, kept in ((3, "a long thoug"), (100, "")):
+        settings = replace(SETTINGS, group=4, max_tokens=2000, temperature=0.7, suffix_tokens=suffix_tokens)
+        engine = ScriptedEngine(
+            tokenizer, lambda request, turn: "ok\n```python\nx\n```" if request.id.endswith(("0", "1")) else RIGHT
+        )
+        passing = ScriptedExecutor(lambda code: ExecResult("ok", "1"))
+        samples, counts = sample_steps(engine, passing, trajectories, 0, settings)
+        assert {request.temperature for request in engine.requests} == {0.7}
+        assert all(tokenizer.decode(request.token_ids).endswith(kept) for request in engine.requests)
+        assert {len(request.token_ids) for request in engine.requests} == {len(trajectories[0].prompt_ids) + len(kept)}
+        assert counts["step_samples"] == counts["step_passed"] == 2 and samples == []  # equal rewards
+
+
+def test_rollout_metrics_by_hand():
+    passed, failed = ExecResult("ok", "1"), ExecResult("error", error="E")
+    trajectories = []
+    for reward, finish, tokens, results in (
+        (1.0, "stop", 4, [passed, failed]),
+        (0.0, "length", 6, [passed]),
+        (0.0, "rounds", 2, []),
+        (None, "infra", 99, [failed]),  # not counted
+    ):
+        trajectory = ledger([1], [5] * tokens)
+        trajectory.finish, trajectory.reward = finish, reward
+        trajectory.steps = [Step(0, 0, 0, 0, code="x", result=result) for result in results]
+        trajectories.append(trajectory)
+    assert rollout_metrics(trajectories) == pytest.approx(
+        {"reward": 1 / 3, "code_ratio": 2 / 3, "code_pass_rate": 2 / 3, "tokens": 4.0, "truncated": 2 / 3}
+    )
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_trainer_gets_the_temperature_and_the_reference_only_for_a_kl_term(run, executor, monkeypatch, kl_coef):
+    class Called(Exception):
+        pass
+
+    def trainer(model, run, settings, temperature, value_lr, reference, validate):
+        assert (temperature, value_lr, reference is not None) == (0.7, 0.03, kl_coef > 0) and reference is not model
+        raise Called
+
+    monkeypatch.setattr(run_rl, "Trainer", trainer)
+    model, tokenizer, engine = cold_start([GOOD], [RIGHT])
+    settings = replace(SETTINGS, temperature=0.7, value_lr=0.03, kl_coef=kl_coef)
+    with pytest.raises(Called):
+        train(model, tokenizer, engine, executor, PROBLEMS, run, settings)
 
 
 @pytest.mark.parametrize(("updates", "extra"), [(1, 0), (2, 1)])
