@@ -460,6 +460,7 @@ def main(argv: list[str] | None = None) -> None:
         train(model, tokenizer, engine, executor, problems, run, settings, prompt, validate)
         with run.whole_folder("final") as folder:
             save_model(model, tokenizer, folder, prompt)
+            validate.save_scores(folder)
         print(validate.report())
 
 

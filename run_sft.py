@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         train(model, rows, run, settings, validate)
         with run.whole_folder("final") as folder:
             save_model(model, tokenizer, folder, prompt)
+            validate.save_scores(folder)
         print(validate.report())
 
 

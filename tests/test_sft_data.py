@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from run_sft import load_trajectories
+from run_sft import Settings, batches_of, load_trajectories
 from thor.prompts import PROMPTS
 from thor.settings import UserError
 
@@ -56,3 +56,12 @@ def test_line_at_fault_is_named(tmp_path, tokenizer, change, message):
         load(tmp_path, tokenizer, line)
     assert str(raised.value).startswith(f"--data {tmp_path / 'tir.jsonl'}:3: ") and message in str(raised.value)
     assert "\n" not in str(raised.value) and str(raised.value).isprintable()
+
+
+def test_each_epoch_uses_every_row_once_in_batches_of_about_one_size():
+    steps = batches_of(44, Settings(epochs=2, batch=12))
+    assert [len(rows) for rows in steps] == [11] * 8
+    first, second = (sum(steps[i : i + 4], []) for i in (0, 4))
+    assert sorted(first) == sorted(second) == list(range(44)) and first != second
+    assert [len(rows) for rows in batches_of(13, Settings(epochs=1, batch=12))] == [7, 6]  # not 12 and 1
+    assert [len(rows) for rows in batches_of(5, Settings(epochs=1, batch=12))] == [5]

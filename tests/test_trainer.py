@@ -326,34 +326,51 @@ def test_validation_keeps_the_curve_and_the_best_model(run, executor):
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, {"max_tokens": 5}, {"seed": 1}, {"eval_samples": 2}, {"eval_limit": 3}, {"model": "best"}, "later"]
+    "changed",
+    [
+        {},
+        {"problems": PROBLEMS[:2]},
+        {"problems": [replace(PROBLEMS[0], answer="6")]},
+        {"seed": 1},
+        {"eval_samples": 2},
+        {"eval_temperature": 0.9},
+        {"max_tokens": 21},
+        {"prompt": Prompt(system="s")},
+        {"engine": "another"},
+        {"memory_mb": 99},
+        {"scores": None},
+    ],
+    ids=lambda changed: next(iter(changed), "the same"),
 )
-def test_the_last_validation_of_the_run_of_the_model_is_not_repeated(tmp_path, executor, changed):
-    tokenizer = byte_tokenizer((RIGHT, WRONG))
-    engine = ScriptedEngine(tokenizer, lambda request, turn: WRONG)
-    same = {name: getattr(SETTINGS, name) for name in validation_module.SAME_SCORES}
-    sft = Run(str(tmp_path / "sft"), run_sft.Settings(**same, report_to="none"), resume=False)
-    sft.start()
-    (sft / "final").mkdir()
-    sft.append("metrics.jsonl", {"step": 0})
-    for step, reward in enumerate((0.0, 1.0)):
-        scores = {name: [reward, reward, reward] for name in validation_module.LOGGED}
-        sft.append("validation.jsonl", {"step": step, "data": "a", **scores, "rewards": [[reward]]})
-    known = not changed
-    if changed == "later":  # the run went on with --evaluate False
-        sft.append("metrics.jsonl", {"step": 1})
-        changed = {}
-    settings = replace(SETTINGS, **{**changed, "model": str(sft / changed.get("model", "final"))})
-    run = Run(str(tmp_path / "rl"), settings, resume=False)
-    run.start()
-    sampling = Sampling(max_tokens=settings.max_tokens)
-    validate = Validation(run, settings, {"a": PROBLEMS[:1]}, engine, executor, sampling, Prompt())
-    for step in (0, 1):
-        validate(tiny_llama(tokenizer), step, {})
-        assert bool(engine.requests) == (step == 1 or not known)
-    first, last = run.read("validation.jsonl")
-    assert first["step"] == 0 and first["rewards"] == ([[1.0]] if known else [[0.0] * settings.eval_samples])
-    assert last["step"] == 1 and last["rewards"] == [[0.0] * settings.eval_samples]
+def test_scores_that_were_saved_with_a_model_stand_for_the_validation_before_training(tmp_path, executor, changed):
+    tokenizer, model = byte_tokenizer((RIGHT, WRONG)), tmp_path / "final"
+    model.mkdir()
+
+    def validation(out, reply, problems=PROBLEMS[:1], prompt=None, max_tokens=20, engine="", memory_mb=0, **fields):
+        settings = replace(SETTINGS, model=str(model), **fields)
+        run = Run(str(tmp_path / out), settings, resume=False)
+        run.start()
+        kind = type(engine, (ScriptedEngine,), {}) if engine else ScriptedEngine
+        scripted = kind(tokenizer, lambda request, turn: reply)
+        tools = ScriptedExecutor(None)
+        tools.timeout, tools.memory_mb = 5.0, memory_mb
+        sampling = Sampling(max_tokens=max_tokens)
+        return Validation(run, settings, {"a": problems}, scripted, tools, sampling, prompt or Prompt())
+
+    before = validation("sft", RIGHT)
+    before(tiny_llama(tokenizer), 7, {})
+    before.save_scores(model)
+    if "scores" in changed:
+        (model / "validation.json").unlink()
+    after = validation("rl", WRONG, **{name: value for name, value in changed.items() if name != "scores"})
+    state = {}
+    after(tiny_llama(tokenizer), 0, state)
+    assert bool(after.engine.requests) == bool(changed) and state["best"] == [float(not changed), 0]
+    after(tiny_llama(tokenizer), 1, state)
+    assert after.engine.requests  # later validations are measured
+    first, last = after.run.read("validation.jsonl")
+    assert first["step"] == 0 and last["step"] == 1 and last["accuracy"][0] == 0.0
+    assert {**first, "step": 7} == before.run.read("validation.jsonl")[0] or changed
 
 
 def test_validation_uses_the_limits_of_the_run_and_equal_seeds_each_time(run, executor):

@@ -98,8 +98,9 @@ def few_shot_plain(question: str) -> str:
 def few_shot_critic(question: str, step: str) -> str:
     """Return the critic's few-shot prefix: of each demonstration the step most similar to `step`, with its rewrite."""
     asked = words(step)
+    steps = [
+        (d.question, max(d.steps, key=lambda s: len(words(s.step) & asked))) for d in nearest_demonstrations(question)
+    ]
     return NO_CODE_EXAMPLES + "".join(
-        f"Question: {d.question}\nStep: {s.step}\nRewrite: {tir_step(s.logic, s.code)}\n"
-        for d in nearest_demonstrations(question)
-        for s in [max(d.steps, key=lambda s: len(words(s.step) & asked))]
+        f"Question: {shown}\nStep: {s.step}\nRewrite: {tir_step(s.logic, s.code)}\n" for shown, s in steps
     )

@@ -241,7 +241,7 @@ def lcm_divisors(rng: Random, level: int) -> Candidate:
 
 
 def digits_power(rng: Random, level: int) -> Candidate:
-    a, b, c = rng.randint(12, 99 * level), rng.randint(12, 99), rng.randint(2, 9)
+    a, b, c = rng.randint(12, 99 * level), rng.randint(12, 99), rng.randint(2, 3)
     what, rule = f"what is {c} to the power s", f"s is the sum of the digits of {a} * {b}"
     return f"W{what[1:]}, if {rule}?|If {rule}, {what}?", lambda: Integer(c) ** sum(digits(Integer(a) * b, 10))
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from thor.data import load_problems, read_jsonl, split_sources
+from thor.data import load_problems, split_sources
 from thor.distributed import gather, rank, world_size
 from thor.engines import Engine
 from thor.evaluation import evaluate
@@ -24,10 +25,7 @@ from thor.training.model import policy_parameters, save_model
 from thor.training.trainer import TrainSettings
 from thor.trajectory import Problem
 
-# settings that determine the scores of a model
-SAME_SCORES = ("prompt", "max_tokens", "max_rounds", "memory_mb", "seed")
-SAME_SCORES += ("eval_limit", "eval_samples", "eval_temperature")
-MISSING = object()
+SCORES = "validation.json"  # in the folder of a model: its scores, and under which conditions
 LOGGED = ("accuracy", "code_ratio", "code_pass_rate", "truncated", "tokens")  # means that the trackers get
 
 
@@ -44,22 +42,6 @@ def load_validation(settings: TrainSettings, demo: bool) -> dict[str, list[Probl
             raise UserError("--eval_temperature 0: greedy samples would all be equal; use --eval_samples 1")
     with user_errors("--eval_data"):
         return {name: load_problems(name, split="test", limit=settings.eval_limit) for name in sources}
-
-
-def last_validation(settings: TrainSettings) -> dict[str, dict]:
-    """By source, the validation after the last step of the run whose final/ is --model, if its settings were the same.
-
-    RL starts with the model and the problems that SFT has ended with.
-    """
-    run = Path(settings.model).resolve().parent
-    files = [run / name for name in ("config.json", "metrics.jsonl", "validation.jsonl")]
-    if Path(settings.model).name != "final" or not all(map(Path.is_file, files)):
-        return {}
-    config = json.loads(files[0].read_text())
-    metrics, records = ([record for _, record in read_jsonl(file)] for file in files[1:])
-    if not metrics or any(config.get(name, MISSING) != getattr(settings, name) for name in SAME_SCORES):
-        return {}
-    return {record["data"]: record for record in records if record["step"] == metrics[-1]["step"] + 1}
 
 
 class Validation:
@@ -83,23 +65,28 @@ class Validation:
         self.engine, self.executor = engine, executor
         seed = derive_seed(settings.seed, "validation")  # the same each time: less noise between validations
         self.sampling = replace(sampling, temperature=settings.eval_temperature, seed=seed)
+        self.last: dict[str, dict] = {}  # the last record of each source
 
     def __call__(self, model: PreTrainedModel, step: int, state: dict) -> None:
         """Evaluate `model` after `step` iterations. Ranks share the problems. Updates state['best'] = [accuracy, step].
 
-        accuracy: mean over the sources. With --eval_every, a model that is better than all before is saved in best/.
+        At step 0, scores that were saved with the model under the same conditions are taken over: RL starts with the
+        model and the problems that SFT has ended with. accuracy: mean over the sources. With --eval_every, a model that
+        is better than all before is saved in best/.
         """
         if not self.sources:
             return
         self.engine.update_weights(policy_parameters(model))
-        known = gather(last_validation(self.settings) if step == 0 else {})[0]
+        known = gather(self.saved_scores() if step == 0 and rank() == 0 else {})[0]
         means = []
         for name, problems in self.sources.items():
             if name in known:
                 record = {**known[name], "step": 0}
-                tqdm.write(f"{name}, step 0: as the run of {self.settings.model} measured it") if rank() == 0 else None
+                if rank() == 0:
+                    tqdm.write(f"{name}, step 0: the scores that were saved in {self.settings.model}")
             else:
                 record = self.measure(name, problems, step)
+            self.last[name] = record
             self.run.append("validation.jsonl", record)
             # with the last iteration before it, because a resumed run hides the points of later ones
             self.run.track(max(0, step - 1), {f"validation/{name}/{key}": record[key][0] for key in LOGGED})
@@ -122,6 +109,34 @@ class Validation:
         for score in scores:
             rewards[score.id] += [] if score.reward is None else [score.reward]
         return finite({"step": step, "data": name, **summarize(scores), "rewards": list(rewards.values())})
+
+    def conditions(self, name: str) -> dict:
+        """What the scores of a model on a source depend on, as JSON data."""
+        problems = json.dumps([[p.id, p.question, p.answer, p.tests] for p in self.sources[name]])
+        return {
+            "problems": hashlib.sha256(problems.encode("utf-8", "surrogatepass")).hexdigest(),
+            "samples": self.settings.eval_samples,
+            "sampling": asdict(self.sampling),
+            "prompt": asdict(self.prompt),
+            "engine": type(self.engine).__name__,
+            "executor": [self.executor.timeout, self.executor.memory_mb],
+        }
+
+    def save_scores(self, folder: Path) -> None:
+        """Write the scores of the model that was validated last into its folder."""
+        if self.last and rank() == 0:
+            scores = {name: {"conditions": self.conditions(name), "record": r} for name, r in self.last.items()}
+            (folder / SCORES).write_text(json.dumps(scores) + "\n")
+
+    def saved_scores(self) -> dict[str, dict]:
+        """By source, the record that `save_scores` wrote into the folder of --model under the same conditions."""
+        file = Path(self.settings.model) / SCORES
+        scores = json.loads(file.read_text()) if file.is_file() else {}
+        return {
+            name: scores[name]["record"]
+            for name in self.sources
+            if name in scores and scores[name]["conditions"] == self.conditions(name)
+        }
 
     def report(self) -> str:
         """Where the models are; for each source the table of its first and last validation, and the paired difference.
