@@ -195,6 +195,7 @@ def test_failed_steps_excludes_passed_and_infra_steps():
     trajectory = ledger("1" * 9, steps=steps)
     assert [step.code for _, step in failed_steps([trajectory])] == ["a", "c"]
     assert failed_steps([replace(trajectory, steps=[Step(0, 1, 2, 9, "d", infra)])]) == []
+    assert failed_steps([replace(trajectory, finish="infra")]) == []  # it ended before its answer
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------

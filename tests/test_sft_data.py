@@ -61,7 +61,7 @@ def test_line_at_fault_is_named(tmp_path, tokenizer, change, message):
 def test_each_epoch_uses_every_row_once_in_batches_of_about_one_size():
     steps = batches_of(44, Settings(epochs=2, batch=12))
     assert [len(rows) for rows in steps] == [11] * 8
-    first, second = (sum(steps[i : i + 4], []) for i in (0, 4))
+    first, second = ([row for rows in epoch for row in rows] for epoch in (steps[:4], steps[4:]))
     assert sorted(first) == sorted(second) == list(range(44)) and first != second
     assert [len(rows) for rows in batches_of(13, Settings(epochs=1, batch=12))] == [7, 6]  # not 12 and 1
     assert [len(rows) for rows in batches_of(5, Settings(epochs=1, batch=12))] == [5]

@@ -645,6 +645,8 @@ def test_step_level_regenerates_at_most_p_failed_steps_g_times(tokenizer):
     assert len({request.seed for request in engine.requests}) == 5 * 6
     assert len(samples) == 6 * counts["step_groups_kept"] and {sample.level for sample in samples} == {"step"}
     assert 0 < counts["step_passed"] < counts["step_samples"]
+    one = replace(settings, prompts=1)  # a random one of the failed steps, another in each iteration
+    assert len({tuple(scripted_step_level(tokenizer, one, i)[2].requests[0].token_ids) for i in range(8)}) > 1
     _, _, later = scripted_step_level(tokenizer, settings, iteration=1)
     assert {r.seed for r in later.requests}.isdisjoint(r.seed for r in engine.requests)
 
@@ -713,7 +715,7 @@ def test_trainer_gets_the_temperature_and_the_reference_only_for_a_kl_term(run, 
 def test_logp_old_needs_a_forward_pass_only_with_several_updates(run, executor, monkeypatch, updates, extra):
     """The pass for logp_old and the updates of an iteration together each score all action tokens once."""
     model, tokenizer, engine = cold_start([GOOD, BAD], [RIGHT, WRONG])
-    before, during = [], []  # tokens scored by each call, before and in the updates
+    before, during, asleep = [], [], []  # tokens scored by each call, before and in the updates
     score = trainer_module.score_tokens
 
     def counted(model, sequences, scored, *args, **kwargs):
@@ -722,7 +724,9 @@ def test_logp_old_needs_a_forward_pass_only_with_several_updates(run, executor, 
 
     monkeypatch.setattr(trainer_module, "score_tokens", counted)
     settings = replace(SETTINGS, iterations=1, updates=updates, max_tokens_per_micro_batch=100_000)
+    engine.sleep = lambda: asleep.append(bool(before or during))
     train(model, tokenizer, engine, executor, PROBLEMS, run, settings)
+    assert asleep == [False]  # frees its memory before the update
     assert len(during) == 2 * updates and len(before) == extra  # each update scores the two levels
     assert before == [sum(during)] * extra and sum(during) > 50
 
