@@ -98,7 +98,7 @@ class Settings(TrainSettings):
     dual_clip: float = setting(3.0, "c: where A < 0 the loss is at most -c A", "objective", above=1)
     is_cap: float = setting(2.0, "cap of the importance weight exp(logp_old - logp_sampler)", "objective", above=0)
     is_level: Literal["token", "sequence"] = setting("token", "scope of that weight (product)", "objective")
-    kl_coef: float = setting(0.0, "weight of the KL to the initial model, k3 estimate (paper: 0)", "objective", min=0)
+    kl_coef: float = by_model(0.05, 0.0, "weight of the KL to the initial model, k3 (paper: 0)", "objective", min=0)
     entropy_coef: float = setting(0.0, "weight of an entropy bonus (paper: 0)", "objective")
     improper: Literal["zero", "drop"] = setting("zero", "improper responses: reward 0, or dropped (paper)", "objective")
     failed_code: Literal["continue", "drop"] = setting(
@@ -230,7 +230,7 @@ def hierarchical_loss(batch: Batch, scores: Scores, settings: Settings) -> tuple
         weight = torch.cat([gap[:0], *(part.sum().exp().expand(len(part)) for part in gap.split(batch.lengths))])
     token_loss = token_loss * weight.clamp(max=settings.is_cap)
     info = {}
-    if settings.kl_coef:
+    if batch.logp_ref is not None:
         token_loss = token_loss + settings.kl_coef * (torch.exp(batch.logp_ref - logp) - 1 - (batch.logp_ref - logp))
     if settings.entropy_coef:
         token_loss = token_loss - settings.entropy_coef * scores.entropy
