@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -25,7 +25,7 @@ from thor.training.model import policy_parameters, save_model
 from thor.training.trainer import TrainSettings
 from thor.trajectory import Problem
 
-SCORES = "validation.json"  # in the folder of a model: its scores, and under which conditions
+SCORES = "validation.json"  # in the folder of a model: its scores, by `Validation.key`
 LOGGED = ("accuracy", "code_ratio", "code_pass_rate", "truncated", "tokens")  # means that the trackers get
 
 
@@ -77,11 +77,12 @@ class Validation:
         if not self.sources:
             return
         self.engine.update_weights(policy_parameters(model))
-        known = gather(self.saved_scores() if step == 0 and rank() == 0 else {})[0]
-        means = []
+        saved = Path(self.settings.model) / SCORES
+        known = json.loads(saved.read_text()) if step == 0 and rank() == 0 and saved.is_file() else {}
+        known, means = gather(known)[0], []
         for name, problems in self.sources.items():
-            if name in known:
-                record = {**known[name], "step": 0}
+            if record := known.get(self.key(name)):
+                record = {**record, "step": 0}
                 if rank() == 0:
                     tqdm.write(f"{name}, step 0: the scores that were saved in {self.settings.model}")
             else:
@@ -110,33 +111,17 @@ class Validation:
             rewards[score.id] += [] if score.reward is None else [score.reward]
         return finite({"step": step, "data": name, **summarize(scores), "rewards": list(rewards.values())})
 
-    def conditions(self, name: str) -> dict:
-        """What the scores of a model on a source depend on, as JSON data."""
-        problems = json.dumps([[p.id, p.question, p.answer, p.tests] for p in self.sources[name]])
-        return {
-            "problems": hashlib.sha256(problems.encode("utf-8", "surrogatepass")).hexdigest(),
-            "samples": self.settings.eval_samples,
-            "sampling": asdict(self.sampling),
-            "prompt": asdict(self.prompt),
-            "engine": type(self.engine).__name__,
-            "executor": [self.executor.timeout, self.executor.memory_mb],
-        }
+    def key(self, name: str) -> str:
+        """Identifies what the scores of a model on a source depend on, besides the model."""
+        tools = type(self.engine).__name__, self.executor.timeout, self.executor.memory_mb
+        what = self.sources[name], self.settings.eval_samples, self.sampling, self.prompt, tools
+        return hashlib.sha256(repr(what).encode()).hexdigest()
 
     def save_scores(self, folder: Path) -> None:
-        """Write the scores of the model that was validated last into its folder."""
+        """Write the last scores into the folder of the model that they are of."""
         if self.last and rank() == 0:
-            scores = {name: {"conditions": self.conditions(name), "record": r} for name, r in self.last.items()}
+            scores = {self.key(name): record for name, record in self.last.items()}
             (folder / SCORES).write_text(json.dumps(scores) + "\n")
-
-    def saved_scores(self) -> dict[str, dict]:
-        """By source, the record that `save_scores` wrote into the folder of --model under the same conditions."""
-        file = Path(self.settings.model) / SCORES
-        scores = json.loads(file.read_text()) if file.is_file() else {}
-        return {
-            name: scores[name]["record"]
-            for name in self.sources
-            if name in scores and scores[name]["conditions"] == self.conditions(name)
-        }
 
     def report(self) -> str:
         """Where the models are; for each source the table of its first and last validation, and the paired difference.
