@@ -19,6 +19,7 @@ One iteration, with policy pi_theta (paper, section 3.2):
     L           = mean_trajectory_tokens(l) + step_coef mean_step_tokens(l) + nll_coef mean_{A > 0, both levels}(-logp)
 
 With --estimator ppo, A comes from GAE on a value head, token by token, and value_coef times a value loss is added to l.
+With --kl_coef, so is a KL to the initial model. The demo needs it: groups of equal rewards anchor nothing.
 
 With HFEngine on the CPU a run is reproducible bit for bit, also when it is killed and resumed (set --kv_tokens if
 scarce memory limits how many requests decode at once). On GPUs it is not, because kernels sum in no fixed order.

@@ -334,7 +334,10 @@ def test_printer_colors_text_output_and_corrections():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (run_rl.Settings, {"lr": 1e-6, "max_tokens": 3200, "max_rounds": 5, "limit": None, "iterations": 200}),
+        (
+            run_rl.Settings,
+            {"lr": 1e-6, "max_tokens": 3200, "max_rounds": 5, "limit": None, "iterations": 200, "kl_coef": 0.0},
+        ),
         (
             run_sft.Settings,
             {"lr": 2e-6, "max_tokens": 4096, "max_rounds": 5, "max_length": 20_000, "batch": 128, "epochs": 3},
