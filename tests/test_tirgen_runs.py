@@ -442,7 +442,7 @@ def test_a_resumed_run_may_report_other_things(capsys):
     main([*FLAGS, "--out", "run", "--resume", "--preview", "1", "--patience", "5", "--alignment", "9", "--rows", "7"])
     with pytest.raises(SystemExit):
         main([*FLAGS, "--out", "run", "--resume", "--temperature", "1"])
-    assert "--resume: temperature was 0.5" in capsys.readouterr().err
+    assert "--resume: temperature was 0.3" in capsys.readouterr().err
 
 
 def test_merging_a_run_that_was_killed_names_the_line(capsys):

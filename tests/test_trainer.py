@@ -723,7 +723,7 @@ def test_logp_old_needs_a_forward_pass_only_with_several_updates(run, executor, 
         return score(model, sequences, scored, *args, **kwargs)
 
     monkeypatch.setattr(trainer_module, "score_tokens", counted)
-    settings = replace(SETTINGS, iterations=1, updates=updates, max_tokens_per_micro_batch=100_000)
+    settings = replace(SETTINGS, iterations=1, updates=updates, kl_coef=0.0, max_tokens_per_micro_batch=100_000)
     engine.sleep = lambda: asleep.append(bool(before or during))
     train(model, tokenizer, engine, executor, PROBLEMS, run, settings)
     assert asleep == [False]  # frees its memory before the update
