@@ -19,7 +19,7 @@ One iteration, with policy pi_theta (paper, section 3.2):
     L           = mean_trajectory_tokens(l) + step_coef mean_step_tokens(l) + nll_coef mean_{A > 0, both levels}(-logp)
 
 With --estimator ppo, A comes from GAE on a value head, token by token, and value_coef times a value loss is added to l.
-With --kl_coef, so is a KL to the initial model. The demo needs it: groups of equal rewards anchor nothing.
+With --kl_coef, so is a KL to the initial model: groups of equal rewards have no gradient that would keep it close.
 
 With HFEngine on the CPU a run is reproducible bit for bit, also when it is killed and resumed (set --kv_tokens if
 scarce memory limits how many requests decode at once). On GPUs it is not, because kernels sum in no fixed order.
@@ -64,7 +64,7 @@ from thor.training.model import add_value_head, policy_parameters, reference_cop
 from thor.training.ppo import ppo_advantages, value_loss
 from thor.training.problems import ProblemQueue, pass_rates
 from thor.training.scoring import Scores, score_text
-from thor.training.trainer import Batch, Sample, Trainer, TrainSettings
+from thor.training.trainer import Batch, Sample, Trainer, TrainSettings, split_evenly
 from thor.training.validation import Validation, load_validation
 from thor.trajectory import Step, Trajectory
 
@@ -276,11 +276,6 @@ def add_old_scores(trainer: Trainer, samples: list[Sample], settings: Settings) 
     if trainer.reference:
         for sample, (logp, _) in zip(samples, trainer.score(samples, trainer.reference), strict=True):
             sample.logp_ref = logp
-
-
-def split_evenly(samples: list[Sample], updates: int) -> list[list[Sample]]:
-    """The optimizer batches of an iteration: `updates` of them, whose sizes differ by at most one, none empty."""
-    return [samples[u::updates] for u in range(min(updates, len(samples)))]
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from thor.tirgen.draft import to_ledger
 from thor.tirgen.store import from_row
 from thor.training.model import load_model, sampling_copy, save_model
 from thor.training.scoring import Scores
-from thor.training.trainer import Batch, Sample, Trainer, TrainSettings
+from thor.training.trainer import Batch, Sample, Trainer, TrainSettings, split_evenly
 from thor.training.validation import Validation, load_validation
 from thor.trajectory import Trajectory
 
@@ -88,7 +88,7 @@ def batches_of(count: int, settings: Settings) -> list[list[int]]:
     for epoch in range(settings.epochs):
         order = list(range(count))
         random.Random(derive_seed(settings.seed, "order", epoch)).shuffle(order)
-        steps += [order[i::batches] for i in range(batches)]
+        steps += split_evenly(order, batches)
     return steps
 
 

@@ -175,6 +175,11 @@ def lr_factor(step: int, total: int, schedule: str, warmup: float) -> float:
 Loss = Callable[[Batch, Scores], tuple[torch.Tensor, dict[str, float]]]
 
 
+def split_evenly(items: list, batches: int) -> list[list]:
+    """The optimizer batches: at most `batches` of them, whose sizes differ by at most one, none empty."""
+    return [items[b::batches] for b in range(min(batches, len(items)))]
+
+
 class Trainer:
     """Owns the model, the optimizer and the state of a training run, and resumes the run's last checkpoint.
 
