@@ -8,8 +8,10 @@ Workloads, half of whose predictions are correct and written in another way than
     numbers      integers, decimals, fractions, powers of ten: decided in the caller's process
     expressions  radicals, polynomials, functions, intervals: compared by their values, in workers
     ordinary     three quarters numbers, one quarter expressions, about as in MATH and OlympiadBench
+    tests        the pairs of tests/test_verify.py, which all hold here (math-verify does not claim all of these rules)
 
 Rates are verifications per second of wall time; cpu is the processor time of one, in ms, of the caller and its workers.
+accepted and rejected count wrong predictions that were accepted and correct ones that were rejected.
 The last line of the output is JSON.
 """
 
@@ -21,9 +23,11 @@ import platform
 import random
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import thor.verify
 from thor.equivalence.reader import read
@@ -52,6 +56,11 @@ EXPRESSIONS = [
 
 def workload(name: str, count: int) -> list[tuple[str, str, bool]]:
     """Return (prediction, gold, correct)."""
+    if name == "tests":
+        sys.path.append(str(Path(__file__).parent.parent))
+        from test_verify import pairs as tested
+
+        return [(*pair.values, correct) for correct in (True, False) for pair in tested("==" if correct else "!=")]
     rng, pairs = random.Random(name), []
     for i in range(count):
         forms = {"numbers": NUMBERS, "expressions": EXPRESSIONS}.get(name) or (EXPRESSIONS if i % 4 == 0 else NUMBERS)
@@ -90,8 +99,9 @@ def theirs(pairs: list) -> dict[str, float]:
 
 
 def result(pairs: list, verdicts: list[bool], seconds: float, cpu: float) -> dict[str, float]:
-    wrong = sum(verdict != correct for verdict, (_, _, correct) in zip(verdicts, pairs, strict=True))
-    return {"rate": round(len(pairs) / seconds), "cpu_ms": round(1000 * cpu / len(pairs), 2), "errors": wrong}
+    wrong = [correct for verdict, (_, _, correct) in zip(verdicts, pairs, strict=True) if verdict != correct]
+    errors = {"accepted": wrong.count(False), "rejected": wrong.count(True)}
+    return {"rate": round(len(pairs) / seconds), "cpu_ms": round(1000 * cpu / len(pairs), 2), **errors}
 
 
 def hang(seconds: float, workers: int) -> dict[str, float]:
@@ -104,7 +114,7 @@ def hang(seconds: float, workers: int) -> dict[str, float]:
     with ThreadPoolExecutor(4 * workers) as threads:
         verdicts = list(threads.map(lambda pair: verify(*pair[:2], timeout=seconds), pairs))
     found = result(pairs, verdicts, time.perf_counter() - start, 0.0)
-    return {"seconds": round(len(pairs) / found["rate"], 2), "errors": found["errors"], "timeouts": pool.timeouts}
+    return {"seconds": round(len(pairs) / found.pop("rate"), 2), **found, "timeouts": pool.timeouts}
 
 
 def main() -> None:
@@ -121,15 +131,16 @@ def main() -> None:
         "several": lambda pairs: ours(pairs, max(2, cpus)),
     }
     if importlib.util.find_spec("math_verify"):
-        sides["math_verify"] = lambda pairs: theirs(pairs[:100])
+        sides["math_verify"] = theirs
     found = {}
     if args.hang:
         found = hang(args.hang, max(2, cpus))
         print(found)
-    for name in () if args.hang else ("numbers", "expressions", "ordinary"):
+    for name in () if args.hang else ("numbers", "expressions", "ordinary", "tests"):
         pairs = workload(name, args.count)
         for side, measure in sides.items():
-            found[f"{name}_{side}"] = measured = measure(pairs)
+            part = pairs[:100] if side == "math_verify" and name != "tests" else pairs  # it is slow
+            found[f"{name}_{side}"] = measured = measure(part)
             print(f"{name:12} {side:12} {measured}", flush=True)
     print(json.dumps(about | found))
 
