@@ -99,7 +99,7 @@ def test_learning_lasts(tmp_path, executor, blocks, changes):
     last = metrics[-3:]
     assert sum(m["reward"] for m in last) / 3 >= 0.9 and sum(m["code_pass_rate"] for m in last) / 3 >= 0.9
     assert sum(m["truncated"] for m in last) / 3 <= 0.05
-    assert sum(m["groups_kept"] > 0 for m in metrics) > 15
+    assert all(m["groups_kept"] >= 3 or m["reward"] >= 0.9 for m in metrics)  # groups lose their signal to success only
 
 
 def test_step_level_raises_the_code_pass_rate(tmp_path, executor):
