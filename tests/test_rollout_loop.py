@@ -177,7 +177,10 @@ def test_no_token_is_computed_twice_while_tools_run(tokenizer, slow, group, kv_t
 
     with SlowTools(SLOW[slow]) as tools:
         lengths = drive([trajectory(i) for i in range(24)], engine, tools, deterministic=deterministic)
-    assert sum(counts) == sum(lengths) - shared * (24 - 24 // group)
+    twice = sum(counts) - sum(lengths) + shared * (24 - 24 // group)
+    # Only two prefixes fit into 700 tokens. If the last rows of two groups wait while a third group starts, one of them
+    # has to make room. Whether this happens depends on the speed of the tools.
+    assert twice == 0 or (kv_tokens == 700 and shared and not deterministic and 0 < twice <= 2 * 120)
 
 
 def test_solve_computes_no_token_twice(tokenizer):
