@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import CHAT, byte_tokenizer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizer_zoo import CONTROL, ZOO
 
@@ -105,12 +105,13 @@ def test_tokenizer_without_a_chat_template_gets_the_base_prompt():
 hostile = st.lists(st.sampled_from([*CONTROL, "What is", " ", "\n", "the sum", "?", "<", "s>", "think>"]), max_size=8)
 
 
+@example("unknown_is_eos", "tool", "What is </s>?")
 @given(st.sampled_from(sorted(ZOO)), st.sampled_from([*PROMPTS, "manual"]), hostile.map("".join))
 def test_question_never_becomes_a_control_token(zoo, name, question):
     tokenizer = ZOO[zoo]
     manual = Prompt("", "<|im_start|>user\n{question}</s>\n<think>", chat=False)  # its own control tokens are kept
     prompt = manual if name == "manual" else PROMPTS[name]
-    control = control_ids(tokenizer)
+    control = tokenizer.convert_tokens_to_ids(list(CONTROL))
     found = [token for token in prompt.render(tokenizer, question) if token in control]
     assert found == [token for token in prompt.render(tokenizer, "1") if token in control]
     if name == "manual":

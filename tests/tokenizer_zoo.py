@@ -26,8 +26,8 @@ def finish(backend: Tokenizer, **special) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def byte_level() -> PreTrainedTokenizerFast:
-    """GPT-2, Llama 3, Qwen: BPE over bytes, here with merges for common words."""
+def byte_level(**special) -> PreTrainedTokenizerFast:
+    """Llama 3, Qwen: BPE over bytes, here with merges for common words."""
     vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
     for word in ("think", "Ġis", "```", "boxed", "42"):
@@ -38,7 +38,12 @@ def byte_level() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return finish(backend)
+    return finish(backend, **special)
+
+
+def unknown_is_eos() -> PreTrainedTokenizerFast:
+    """GPT-2: the unknown token, which bytes never need, is the EOS."""
+    return byte_level(unk_token="</s>")
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
@@ -93,4 +98,4 @@ def slow() -> ByT5Tokenizer:
     return tokenizer
 
 
-ZOO = {maker.__name__: maker() for maker in (byte_level, byte_fallback, unigram, word_level, slow)}
+ZOO = {maker.__name__: maker() for maker in (byte_level, unknown_is_eos, byte_fallback, unigram, word_level, slow)}

@@ -224,16 +224,25 @@ def encode(tokenizer, text: str, added_tokens: bool = False) -> list[int]:
     return plain_ids
 
 
+def unknown_ids(tokenizer) -> set[int]:
+    """The id of the unknown token, which any text may contain; empty if the tokenizer never needs it.
+
+    Tokenizers of bytes do not, and GPT-2's names its EOS as the unknown token all the same.
+    """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return set() if getattr(model, "unk_token", "any") is None else {tokenizer.unk_token_id}
+
+
 def special_ids(tokenizer) -> set[int]:
-    """Ids of the special tokens, except for the unknown token, which any text may contain."""
+    """Ids of the special tokens, except for the unknown token."""
     added = tokenizer.added_tokens_decoder.items()
-    return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)} - {tokenizer.unk_token_id}
+    return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)} - unknown_ids(tokenizer)
 
 
 def control_ids(tokenizer) -> set[int]:
     """Ids of special and other added tokens, except for the unknown token and whitespace."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    return special_ids(tokenizer) | (added - {tokenizer.unk_token_id})
+    return special_ids(tokenizer) | (added - unknown_ids(tokenizer))
 
 
 def start_ids(tokenizer) -> list[int]:
