@@ -264,6 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     with Executor(cpu_workers(), settings.timeout, settings.memory_mb) as executor:
         with user_errors():
             engine = load_engine(settings.model, device, settings.rows if run else 1)
+            prompt.render(engine.tokenizer, "?")  # the chat template may refuse it
             if run:
                 run.start()
         if run:

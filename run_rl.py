@@ -446,6 +446,7 @@ def main(argv: list[str] | None = None) -> None:
     with run, Executor(cpu_workers(), settings.timeout, settings.memory_mb) as executor:
         with user_errors():
             model, tokenizer = load_model(settings.model, device)
+            prompt.render(tokenizer, "?")  # the chat template may refuse it
             if settings.sampler == "vllm":
                 engine = VLLMEngine(model_source(settings.model), settings.rows, score=partial(score_text, model))
             else:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,11 @@ GOOD_ROW = json.dumps({"question": "2 + 2 = ? é", "answer": "4"})
         ("rl", ["--config", "settings.yaml"], ["settings.yaml", "learning_rate"]),
         ("sft", ["--prompt", "tol"], ["--prompt tol", "tool-base"]),
         ("rl", ["--prompt", "settings.yaml"], ["--prompt settings.yaml", "no field is named 'learning_rate'"]),
+        *(
+            (script, ["--actor" if script == "tirgen" else "--model", "refusing", "--data", data], ["no turns today"])
+            for script, data in (("tirgen", "good.jsonl"), ("sft", "row.jsonl"), ("rl", "good.jsonl"))
+        ),
+        ("infer", ["--model", "refusing", "question?"], ["cannot render the prompt: no turns today"]),
     ],
 )
 def test_bad_input_is_a_one_line_error_and_writes_no_files(tmp_path, model, script, flags, expected):
@@ -96,6 +102,9 @@ def test_bad_input_is_a_one_line_error_and_writes_no_files(tmp_path, model, scri
     write(tmp_path / "hollow" / "config.json", (model / "config.json").read_text())
     (tmp_path / "full").mkdir()
     write(tmp_path / "full" / "something", "precious")
+    write(tmp_path / "row.jsonl", json.dumps({"question": "1?", "answer": "1", "segments": [["\\boxed{1}", True]]}))
+    shutil.copytree(model, tmp_path / "refusing")
+    write(tmp_path / "refusing" / "chat_template.jinja", "{{ raise_exception('no turns today') }}")
     before = sorted(tmp_path.rglob("*"))
     done = run_script(script, *[str(model) if f == "MODEL" else f for f in flags], cwd=tmp_path)
     assert done.returncode == 2, done.stderr

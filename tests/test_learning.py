@@ -26,6 +26,7 @@ SETTINGS = Settings(
     prompts=4,
     group=8,
     lr=1.5e-3,
+    kl_coef=0.0,  # the default of all models but the demo's
     min_tokens=2,
     max_tokens=150,
     max_rounds=1,

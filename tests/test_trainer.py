@@ -88,6 +88,7 @@ def test_configs_of_the_paper_have_its_settings():
         assert settings.gradient_checkpointing and settings.tree and settings.estimator == "grpo"
         assert (settings.improper, settings.failed_code, settings.step_problems) == ("drop", "drop", "all")
         assert settings.pass_rate_range == "0,1" and settings.step_mean == "joint"
+        assert settings.kl_coef == settings.entropy_coef == 0 and settings.nll_coef == 0.01
         longest = -(-(800 + tokens) // 64) * 64  # tokens of a cache row, prompt included
         assert settings.kv_tokens - settings.kv_tokens // 4 >= settings.rows * longest  # see the comment in the file
         sft = parse_settings(run_sft.Settings, "", ["--config", str(ROOT / "docs/configs" / f"sft-{name}")])
