@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 
+import run_rl
 from run_rl import REJECTED, Settings, train
 from run_sft import sft_loss, to_ledger
 from thor.engines import HFEngine
 from thor.prompts import observation_text
 from thor.run_folder import Run
+from thor.settings import derive_seed
 from thor.training.trainer import Sample, Trainer, TrainSettings
 from thor.trajectory import ExecResult, Problem
 
@@ -112,6 +114,14 @@ def test_step_level_raises_the_code_pass_rate(tmp_path, executor):
 def test_code_pass_rate_does_not_rise_without_the_step_level(tmp_path, executor):
     metrics = learn(tmp_path, executor, [GOOD, BAD], [RIGHT], replace(SETTINGS, step_coef=0.0))
     assert rise(metrics, "code_pass_rate") < 0.15 and all("step_prompts" not in m for m in metrics)
+
+
+def test_each_random_choice_depends_on_the_seed(tmp_path, executor, monkeypatch):
+    parts = []
+    monkeypatch.setattr(run_rl, "derive_seed", lambda *of: parts.append(of) or derive_seed(*of))
+    learn(tmp_path, executor, [GOOD, BAD], [RIGHT, WRONG], replace(SETTINGS, iterations=2, seed=7))
+    assert all(of[:2] in ((7, 0), (7, 1)) for of in parts)  # seed and iteration
+    assert {of[2] for of in parts} == {1, "steps", "step", "batches"}  # 1: the first draw
 
 
 def test_iteration_without_a_signal_prints_a_message(tmp_path, executor, capsys):

@@ -238,6 +238,18 @@ def test_denominators_of_both_levels_and_nll_by_hand():
     assert info["mismatch_kl"] == 0.0 and info["clip_fraction"] == 0
 
 
+def test_ratio_is_to_the_policy_before_the_update_and_each_clip_has_its_setting():
+    logp_old = torch.full((3,), -3.0)
+    logp = logp_old + torch.tensor([1.5, 0.5, 3.0]).log()
+    none = torch.zeros(3, dtype=torch.bool)
+    batch = batch_of(logp, logp_old.clone(), torch.tensor([2.0, -2.0, -2.0]), none, Counts(3, 0, 1))
+    settings = Settings(clip_low=0.4, clip_high=0.1, dual_clip=1.2, nll_coef=0.0)
+    loss, info = hierarchical_loss(replace(batch, logp_old=logp_old), Scores(logp, torch.zeros(3)), settings)
+    # clipped at 1.1: -2.2      clipped at 0.6: 1.2      max(6, 2.2) = 6, dual clip 1.2 * 2 = 2.4
+    assert loss.item() == pytest.approx((-2.2 + 1.2 + 2.4) / 3, abs=1e-5)
+    assert info["clip_fraction"] == 3 and info["ratio"] == pytest.approx(1.5 + 0.5 + 3.0, abs=1e-5)
+
+
 def test_joint_mean_divides_both_levels_by_all_tokens():
     logp, is_step = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([False, True, True])
     batch = batch_of(logp, logp.clone(), torch.tensor([1.0, -1.0, -2.0]), is_step, Counts(6, 4, 5))
@@ -300,6 +312,19 @@ def test_each_level_has_its_own_value_and_the_value_loss_a_weight():
     loss, info = hierarchical_loss(batch, scores, Settings(estimator="ppo", value_coef=0.1))
     # squared errors 1^2 / 2 and 2^2 / 2; the advantages are 0
     assert loss.item() == pytest.approx(0.1 * (0.5 + 2.0)) and info["loss_value"] == pytest.approx(2.5)
+
+
+def test_value_is_clipped_by_its_setting():
+    logp, none = torch.zeros(2), torch.zeros(2, dtype=torch.bool)
+    fields = {"value_old": torch.ones(2), "returns": torch.zeros(2)}
+    scores = Scores(logp, torch.zeros(2), torch.tensor([[1.5, 0.0], [0.5, 0.0]]))
+    _, info = hierarchical_loss(
+        batch_of(logp, logp.clone(), torch.zeros(2), none, Counts(2, 0, 0), **fields),
+        scores,
+        Settings(estimator="ppo", value_clip=0.3),
+    )
+    # max(1.5, 1.3)^2 / 2 and max(0.5, 0.7)^2 / 2
+    assert info["loss_value"] == pytest.approx(1.125 + 0.245)
 
 
 def test_old_scores_are_of_the_policy_and_the_level_and_those_of_the_reference_of_the_reference():
