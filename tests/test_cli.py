@@ -102,7 +102,8 @@ def test_bad_input_is_a_one_line_error_and_writes_no_files(tmp_path, model, scri
     write(tmp_path / "hollow" / "config.json", (model / "config.json").read_text())
     (tmp_path / "full").mkdir()
     write(tmp_path / "full" / "something", "precious")
-    write(tmp_path / "row.jsonl", json.dumps({"question": "1?", "answer": "1", "segments": [["\\boxed{1}", True]]}))
+    segments = [{"text": "\\boxed{1}", "sampled": True}]
+    write(tmp_path / "row.jsonl", json.dumps({"id": "1", "question": "1?", "answer": "1", "segments": segments}))
     shutil.copytree(model, tmp_path / "refusing")
     write(tmp_path / "refusing" / "chat_template.jinja", "{{ raise_exception('no turns today') }}")
     before = sorted(tmp_path.rglob("*"))
