@@ -60,7 +60,7 @@ from thor.verify import verify
 
 RETRY_SECONDS = 60  # pause after a model server was lost
 MAX_REJECTED = 20  # tries in a row whose request the server rejects
-CRITIC_LIMITS = ("code_tries", "code_tokens")  # settings whose default depends on the critic
+OF_CRITIC = ("critic_calls", "code_tries", "code_tokens")  # settings whose default depends on the critic
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ class Settings(FilterSettings):
     judge_prompt: str = setting(
         "judge", "judge or a YAML file: prompt of the first call, with --critic_calls 2", "model"
     )
-    critic_calls: int = setting(1, "1: the critic judges and rewrites in one call, 2: in two", "model", min=1, max=2)
+    critic_calls: int = by_model(
+        1, 2, "1: the critic judges and rewrites a step in one call, 2: in two", "model", min=1, max=2
+    )
     tries: int = by_model(1, 8, "trajectories per problem", "sampling", min=1)
     plain_tries: int = by_model(0, 4, "samples of plain reasoning, to measure difficulty", "sampling", min=0)
     code_tries: int = by_model(2, 3, "maximum attempts to get working code for a step", "sampling", min=1)
@@ -367,13 +369,14 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
 def resolve(settings: Settings) -> Settings:
     """Fill in the defaults that depend on the models."""
     critic = settings.critic or settings.actor
-    of_actor = [field.name for field in fields(settings) if field.name not in CRITIC_LIMITS]
-    settings = fill_defaults(settings, settings.actor, DEMO_MODEL, of_actor)
-    settings = fill_defaults(settings, critic, DEMO_MODEL, CRITIC_LIMITS)
     names = {
         "actor_prompt": settings.actor_prompt or (FEW_SHOT if settings.actor == DEMO_MODEL else "actor"),
         "critic_prompt": settings.critic_prompt or (FEW_SHOT if critic == DEMO_MODEL else "critic"),
     }
+    of_actor = [field.name for field in fields(settings) if field.name not in OF_CRITIC]
+    of_critic = OF_CRITIC[1:] if names["critic_prompt"] == FEW_SHOT else OF_CRITIC  # few-shot: one call
+    settings = fill_defaults(settings, settings.actor, DEMO_MODEL, of_actor)
+    settings = fill_defaults(settings, critic, DEMO_MODEL, of_critic)
     return replace(settings, critic=critic, **names)
 
 

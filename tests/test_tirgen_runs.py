@@ -407,6 +407,9 @@ def test_every_problem_is_in_one_shard():
 def test_defaults_of_the_demo_model_are_not_those_of_others(capsys):
     demo = resolve(Settings())
     assert (demo.tries, demo.step_tokens, demo.limit, demo.actor_prompt) == (1, 48, 160, "few-shot")
+    assert demo.critic_calls == 1 and resolve(Settings(critic="x/7b", critic_prompt="few-shot")).critic_calls == 1
+    capsys.readouterr()
+    demo = resolve(Settings())
     assert capsys.readouterr().out == ""
     other = resolve(Settings(actor="Qwen/Qwen3-8B"))
     assert (other.tries, other.step_tokens, other.limit, other.top_k) == (8, 4096, None, 30)
@@ -415,10 +418,9 @@ def test_defaults_of_the_demo_model_are_not_those_of_others(capsys):
     assert "Qwen/Qwen3-8B is not the demo model" in line and "step_tokens 4096" in line and "limit all" in line
     mixed = resolve(Settings(actor=DEMO_MODEL, critic="Qwen/Qwen3-32B", step_tokens=7))
     assert (mixed.code_tokens, mixed.code_tries, mixed.tries, mixed.limit) == (4096, 3, 1, 160)
-    assert (
-        "Qwen/Qwen3-32B is not the demo model, so the defaults are: code_tries 3, code_tokens"
-        in capsys.readouterr().out
-    )
+    assert mixed.critic_calls == other.critic_calls == 2
+    line = "Qwen/Qwen3-32B is not the demo model, so the defaults are: critic_calls 2, code_tries 3, code_tokens"
+    assert line in capsys.readouterr().out
     other_way = resolve(Settings(actor="Qwen/Qwen3-8B", critic=DEMO_MODEL))
     assert (other_way.code_tokens, other_way.step_tokens, other_way.critic_prompt) == (128, 4096, "few-shot")
     assert mixed.actor_prompt == "few-shot" and mixed.critic_prompt == "critic" and mixed.step_tokens == 7
@@ -459,7 +461,8 @@ def test_the_critic_has_one_call_or_two(capsys):
     with pytest.raises(SystemExit) as stop:
         main([*FLAGS, "--critic_calls", "3"])
     assert stop.value.code == 2 and "--critic_calls 3" in capsys.readouterr().err
-    assert parse_settings(Settings, "", ["--critic_calls", "2"]).critic_calls == 2
+    given = resolve(parse_settings(Settings, "", ["--actor", "x/7b", "--critic_calls", "1"]))
+    assert given.critic_calls == 1
 
 
 def test_configs_of_the_paper_have_its_settings(capsys):
@@ -469,7 +472,7 @@ def test_configs_of_the_paper_have_its_settings(capsys):
         assert (settings.tries, settings.temperature, settings.top_k) == (8, 0.6, 30)
         assert (settings.step_tokens, settings.max_tokens, settings.min_substantial) == (window, tokens, 0.6)
         assert settings.keep_one_call == 0.5 and (settings.actor_prompt, settings.critic_prompt) == ("actor", "critic")
-        assert settings.limit is None and settings.critic != settings.actor
+        assert settings.limit is None and settings.critic != settings.actor and settings.critic_calls == 2
 
 
 def test_a_preview_has_colours_in_a_terminal(monkeypatch):
