@@ -23,7 +23,7 @@ from thor.data import load_problems
 from thor.demo import DEMO_MODEL
 from thor.engines import Engine, Request, RequestRejected, ServerError, is_reproducible, load_engine
 from thor.rollout import Ask, Sampling, Task, drive
-from thor.run_folder import Run
+from thor.run_folder import Run, spread
 from thor.sandbox import Executor
 from thor.settings import (
     UserError,
@@ -54,7 +54,7 @@ from thor.tirgen.roles import (
     make_critic,
     read_step,
 )
-from thor.tirgen.store import read_draft, read_drafts, read_names, read_summary, write_rows
+from thor.tirgen.store import check_shards, read_draft, read_drafts, read_names, read_summary, write_rows
 from thor.trajectory import Problem
 from thor.verify import verify
 
@@ -84,9 +84,7 @@ class Settings(FilterSettings):
     judge_prompt: str = setting(
         "judge", "judge or a YAML file: prompt of the first call, with --critic_calls 2", "model"
     )
-    critic_calls: int = by_model(
-        1, 2, "1: the critic judges and rewrites a step in one call, 2: in two", "model", min=1, max=2
-    )
+    critic_calls: int = by_model(1, 2, "1: the critic judges and rewrites in 1 call; 2: in 2", "model", min=1, max=2)
     tries: int = by_model(1, 8, "trajectories per problem", "sampling", min=1)
     plain_tries: int = by_model(0, 4, "samples of plain reasoning, to measure difficulty", "sampling", min=0)
     code_tries: int = by_model(2, 3, "maximum attempts to get working code for a step", "sampling", min=1)
@@ -143,7 +141,8 @@ class ActorCritic:
         for _ in range(self.settings.max_steps if role.one_line else 1):
             said = encode_segments(self.actor.tokenizer, draft.segments)
             room = self.settings.max_tokens - len(said)
-            text, finish = yield from self.ask(draft, "actor", (prompt + said, shared), room, role.stop(room))
+            stop = role.stop(room) if role.one_line else None  # a block, which is not run, ends nothing
+            text, finish = yield from self.ask(draft, "actor", (prompt + said, shared), room, stop)
             draft.append(text)
             draft.finished = role.is_last(text, finish)
             if draft.finished or draft.dropped:
@@ -322,14 +321,14 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
     in_flight = max(1, settings.rows // 2 if shared else settings.rows)
     counts = {"kept": 0, "drafts": 0, "tokens": 0}
     start = last = time.monotonic()
-    rejected = 0  # in a row
+    lost, rejected = None, 0  # since when no server has answered; rejected tries in a row
 
     def save(_: int, draft: Draft) -> None:
-        nonlocal last, rejected
+        nonlocal last, lost, rejected
         rejected = rejected + 1 if draft.dropped == "rejected" else 0
         run.append("drafts.jsonl", draft.to_record())
         done.add(draft.name)
-        last = time.monotonic()
+        last, lost = time.monotonic(), None
         counts["drafts"] += not draft.plain
         counts["kept"] += not draft.plain and not first_fault(draft, settings)[0]
         counts["tokens"] += draft.tokens.total()
@@ -357,7 +356,8 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
                 tries = list_tries(problems, settings)
                 save(0, next(Draft(p, n, plain=plain, dropped="rejected") for n, p, plain in tries if n == name))
             except ServerError as error:
-                if time.monotonic() - last > 60 * settings.patience:
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost >= 60 * settings.patience:
                     raise
                 tqdm.write(f"{error}; trying again in {RETRY_SECONDS} seconds")
                 time.sleep(RETRY_SECONDS)
@@ -395,13 +395,15 @@ def prepare_problems(settings: Settings) -> tuple[list[Problem], dict[str, int]]
 def select_drafts(folders: list[Path], settings: Settings) -> Selection:
     """Filter the drafts of some runs."""
     with user_errors("--merge" if settings.merge else ""):
+        if settings.merge:
+            check_shards(folders)
         return select(read_drafts(folder / "drafts.jsonl" for folder in folders), settings)
 
 
 def measure_alignment(loop: ActorCritic, executor: Executor, selection: Selection) -> dict | None:
     """Policy alignment of the first trajectories that were kept."""
     settings = critic_sampling(loop.settings)
-    drafts = [read_draft(candidate.where) for candidate in selection.kept[: settings.alignment]]
+    drafts = [read_draft(candidate.where) for candidate in spread(selection.kept, settings.alignment)]
     if not drafts:
         return None
     sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p, settings.top_k, settings.seed)
@@ -411,8 +413,8 @@ def measure_alignment(loop: ActorCritic, executor: Executor, selection: Selectio
 def main(argv: list[str] | None = None) -> None:
     settings = resolve(parse_settings(Settings, __doc__, argv))
     with user_errors():
-        run = Run(settings.out, settings, settings.resume)
         prompts = load_prompts(settings.actor_prompt, settings.critic_prompt, settings.judge_prompt)
+        run = None if settings.dry_run else Run(settings.out, settings, settings.resume)
     problems, excluded = ([], {}) if settings.merge else prepare_problems(settings)
     if settings.dry_run:
         print(report.dry_run(problems, excluded, prompts, settings))

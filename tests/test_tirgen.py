@@ -512,6 +512,15 @@ def test_plain_reasoning_is_sampled_for_the_difficulty(tokenizer, tmp_path):
     assert drafts["p#plain1"].text == "Add.\n" * loop.settings.max_steps
 
 
+def test_plain_reasoning_goes_on_behind_a_block_that_is_not_run():
+    text = "I could run\n```python\nprint(4)\n```\nbut 2 + 2 = 4: \\boxed{4}."
+    engine = ScriptedEngine(chat_tokenizer(), lambda request, turn: text)
+    settings = Settings(actor_prompt="actor", critic_prompt="critic")
+    loop = ActorCritic(engine, engine, Prompts(*map(TIRGEN_PROMPTS.get, ("actor", "critic", "judge"))), settings)
+    [draft] = drive([loop.plain(PROBLEM, "p#plain0")], engine, ScriptedExecutor(adds))
+    assert draft.text == text and draft.finished and not draft.codes
+
+
 # ---- training data --------------------------------------------------------------------------------------------------
 
 

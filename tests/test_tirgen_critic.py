@@ -15,9 +15,11 @@ from thor.tirgen.critic import (
     agrees,
     contract_fault,
     error_type,
+    is_constant,
     numbers,
     parse_judgement,
     parse_rewrites,
+    remarked_outputs,
     says_none,
     show_parts,
     skip_thought,
@@ -410,3 +412,23 @@ def test_the_opened_thought_is_not_encoded_twice():
 )
 def test_where_a_step_stops(text, one_line, max_tokens, read):
     assert read_until(StepStop(max_tokens, one_line), text) == read
+
+
+@pytest.mark.parametrize(
+    ("code", "claimed"),
+    [
+        ("print(2 + 2)  # Output: 5", {"5"}),
+        ("x = 7 * 6  # 42", {"42"}),
+        ("print(7 * 6)  # => 42", {"42"}),
+        ('"""Returns 41."""\nprint(1)', {"41"}),
+        ('print("The answer is 41:", 2 + 3)', {"41"}),
+        ('print("The answer is", 2 + 3)', set()),
+        ("# 1. multiply\nprint(3 * 4)", set()),
+        ("# the result is 12 times 30\nprint(12 * 30)", set()),
+        ("print(sum(range(5)))  # the gcd of 4 and 6", set()),
+    ],
+)
+def test_comments_and_strings_may_not_claim_an_output(code, claimed):
+    assert remarked_outputs(code) == claimed
+    fault = contract_fault(Rewrite(0, 0, "Multiply the numbers.", code), "Multiply the numbers.", "")
+    assert (fault == "predicts_output") == (bool(claimed) or is_constant(code))

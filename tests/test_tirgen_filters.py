@@ -79,7 +79,7 @@ def test_stage_1_keeps_correct_drafts_whose_code_passed(changes, reason):
         ("It costs $x, so that is \\boxed{4}.", "math"),
         ("所以答案是 the final answer \\boxed{4}, surely", "language"),
         ("\\boxed{4}", "short"),
-        ("x" * 60_000 + "\\boxed{4}", "long"),
+        ("x" * 70_000 + "\\boxed{4}", "long"),
     ],
 )
 def test_stage_2_checks_the_format(text, reason):

@@ -139,6 +139,18 @@ def test_merging_a_shard_twice_is_refused(capsys):
     assert stop.value.code == 2 and "--merge run/drafts.jsonl: has the try" in capsys.readouterr().err
 
 
+def test_runs_that_have_not_ended_and_missing_shards_are_not_merged(capsys):
+    for i in (1, 3):
+        main([*FLAGS, "--shard", f"{i}/3", "--out", f"part{i}"])
+    with pytest.raises(SystemExit) as stop:
+        main([*FLAGS, "--merge", "part1,part3", "--out", "merged"])
+    assert stop.value.code == 2 and "--merge part1, part3: without shard 2/3" in capsys.readouterr().err
+    os.remove("part1/summary.json")
+    with pytest.raises(SystemExit) as stop:
+        main([*FLAGS, "--merge", "part1,part3", "--out", "merged"])
+    assert stop.value.code == 2 and "--merge part1: has no summary.json" in capsys.readouterr().err
+
+
 def run_slowly(out: str) -> None:
     """Resume a run with an engine whose steps take 5 ms, with two tries in flight."""
     engine = ScriptedEngine(TOKENIZER, reply)
@@ -180,13 +192,17 @@ def inventing(request, turn) -> str:
     [(a, b)] = re.findall(r"What is (\d+) \+ (\d+)\?", request_text(request).rpartition("Question:")[2])
     block = f"Add the numbers.\n```python\nprint({a} + {b})\n```\n"
     claims = [
-        f"{fence}\n{INVENTED}\n{fence.partition('o')[0]}\n" for fence in ("```output", "   ``` Output", "~~~output")
+        f"{fence}\n{INVENTED}\n{fence.partition('o')[0]}\n"
+        for fence in ("```output", "   ``` Output", "~~~output", "> ```output")
     ]
+    claims += [f"Inline ```output {INVENTED}``` it is.\n", f"Output:\n{INVENTED}\n", f"The code prints {INVENTED}.\n"]
+    claimed = (f"print({a} + {b})  # Output: {INVENTED}", f"print({a} + {b})  # {INVENTED}")
+    claims += [f"Add the numbers.\n```python\n{code}\n```\n" for code in claimed]
     rng = random.Random(f"{request.id} {turn}")
     if request.id.endswith("critic"):
         return rng.choice(["none\n", block + rng.choice(claims), f"It is {INVENTED}.\n{block}"])
     answer = f"The answer is \\boxed{{{int(a) + int(b)}}}.\n"
-    text = rng.choice([block, "Add the numbers.\n"]) + rng.choice([*claims, "```text\n987\n```\n", ""]) + answer
+    text = rng.choice([block, "Add the numbers.\n"]) + rng.choice([*claims, "```text\n987\n```\n", *[""] * 12]) + answer
     return text.partition("\n")[2] if turn and "few-shot" in request.id else text
 
 
@@ -204,9 +220,8 @@ def test_no_output_that_a_model_invents_is_learned(monkeypatch, prompts):
     assert len(kept) > 10 and sum(row["calls"] for row in kept) > 10
     for row in kept:
         learned = "".join(s["text"] for s in row["segments"] if s["sampled"])
-        assert (
-            INVENTED not in learned and "output" not in learned.lower() and learned.count("```python") == row["calls"]
-        )
+        assert INVENTED not in learned and "```output" not in learned.lower()
+        assert learned.count("```python") == row["calls"]
         observed = [s["text"] for s in row["segments"] if not s["sampled"]]
         assert observed == [f"```output\n{row['answer']}\n```\n"] * row["calls"]
 
@@ -407,12 +422,14 @@ def test_every_problem_is_in_one_shard():
 def test_defaults_of_the_demo_model_are_not_those_of_others(capsys):
     demo = resolve(Settings())
     assert (demo.tries, demo.step_tokens, demo.limit, demo.actor_prompt) == (1, 48, 160, "few-shot")
+    assert (demo.min_substantial, demo.keep_one_call) == (0.0, 1.0)
     assert demo.critic_calls == 1 and resolve(Settings(critic="x/7b", critic_prompt="few-shot")).critic_calls == 1
     capsys.readouterr()
     demo = resolve(Settings())
     assert capsys.readouterr().out == ""
     other = resolve(Settings(actor="Qwen/Qwen3-8B"))
     assert (other.tries, other.step_tokens, other.limit, other.top_k) == (8, 4096, None, 30)
+    assert (other.min_substantial, other.keep_one_call) == (0.6, 0.5)  # the paper's filter
     assert other.actor_prompt == "actor" and other.critic_prompt == "critic" and other.critic == "Qwen/Qwen3-8B"
     line = capsys.readouterr().out
     assert "Qwen/Qwen3-8B is not the demo model" in line and "step_tokens 4096" in line and "limit all" in line
@@ -433,6 +450,10 @@ def test_a_dry_run_loads_no_model_and_writes_nothing(scripted, capsys):
     printed = capsys.readouterr().out
     assert "6 problems, 18 tries, and 6 of plain reasoning" in printed and "What is 10 + 20?" in printed
     assert not scripted and not os.path.exists("dry")
+    Path("full").mkdir()
+    Path("full/something").touch()
+    main([*FLAGS, "--dry_run", "--out", "full"])  # writes nothing, so it may name a folder that is in use
+    capsys.readouterr()
     main([*FLAGS, "--dry_run", "--shard", "8/8"])
     assert "0 problems, 0 tries" in capsys.readouterr().out
     main([*FLAGS, "--dry_run", "--merge", "run"])

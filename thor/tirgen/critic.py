@@ -211,6 +211,8 @@ def contract_fault(rewrite: Rewrite, step: str, known: str) -> str:
         return "goes_on"
     if is_constant(code) or claimed_numbers(logic) - numbers(known) - numbers(code) - percentages(logic, code):
         return "predicts_output"
+    if remarked_outputs(code) - numbers(known):
+        return "predicts_output"
     own = words(logic) | numbers(logic)
     new = own - words(f"{known} {step} {code}") - numbers(f"{known} {step}")
     if 3 * len(new) > 2 * len(own) and words(step.partition("```")[0]):  # else the step is a block without reasoning
@@ -225,6 +227,14 @@ def states_output(logic: str, output: str, known: str) -> bool:
     asks = re.search(r"\b(?:whether|if)\b", logic, re.IGNORECASE)  # "Check whether it is true" claims nothing
     stated = re.search(rf"{RESULT}\s{{0,3}}\W{{0,3}}{_spaced(output)}(?!\w)", logic, re.IGNORECASE)
     return bool(output.strip() and stated and not asks)
+
+
+def remarked_outputs(code: str) -> set[str]:
+    """The numbers that comments and strings of code call its output and that the code itself does not have."""
+    constants = [node.value for node in parse_nodes(code) or [] if isinstance(node, ast.Constant)]
+    remarks = [*re.findall("#.*", code), *(value for value in constants if isinstance(value, str))]
+    own = numbers(" ".join(str(value) for value in constants if not isinstance(value, str)))
+    return numbers(" ; ".join(found[1] or found[2] for remark in remarks for found in REMARK.finditer(remark))) - own
 
 
 def _spaced(output: str) -> str:
@@ -315,6 +325,11 @@ def words(text: str) -> set[str]:
 
 
 RESULT = r"(?:=|≈|\bis|\bare|\bgives?|\bgets?|\bequals?|\bobtains?)"  # what announces a result
+REMARK = re.compile(
+    r"(?:\b(?:prints?|outputs?|results?|returns?|answer)\b\W{0,4}(?:is|are|will be|should be)?|=>|->)"
+    rf"\W{{0,4}}({NUMBER.pattern})|^#\W*({NUMBER.pattern})\W*$",
+    re.IGNORECASE,
+)
 SIGNED = rf"(?:(?<![\w)\]}}.])-)?(?>{NUMBER.pattern})"  # a minus behind a number or bracket is an operator
 STATED = re.compile(rf"{RESULT}\s{{0,3}}[^\w\s+-]{{0,3}}\s{{0,3}}({SIGNED})(?!\s{{0,3}}[-+*/^×·÷]\s{{0,3}}[\d(])")
 LIST_MARKER = re.compile(r"^[^\w\n]*(?:step *)?\d+ *[.):]\s", re.IGNORECASE | re.MULTILINE)

@@ -108,7 +108,8 @@ def to_ledger(
     trajectory = Trajectory(problem, prompt_ids, finish="stop", reward=1.0)
     opened = opened_thought(tokenizer, prompt_ids)
     for i, (text, sampled) in enumerate(segments):
-        text = text.removeprefix(opened) if i == 0 else text
+        if i == 0:
+            text = text.removeprefix(opened if text.startswith(opened) else opened.rstrip())
         ids = encode(tokenizer, text, added_tokens=sampled)
         if sampled:
             trajectory.append_sampled(ids, [0.0] * len(ids))

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from thor.settings import derive_seed, setting
-from thor.tirgen.critic import CJK, first_block, is_plain_call, parse_nodes
+from thor.settings import by_model, derive_seed, setting
+from thor.tirgen.critic import CJK, NUMBER, first_block, is_plain_call, numbers, parse_nodes, remarked_outputs
 from thor.tirgen.draft import END_THINK, THINK, Draft
 
 
@@ -26,14 +26,21 @@ class FilterSettings:
     """Flags of the filter."""
 
     min_chars: int = setting(20, "minimum characters of a trajectory", "filter", min=0)
-    max_chars: int = setting(60_000, "maximum characters of a trajectory", "filter", min=1)
-    min_substantial: float = setting(
-        0.0, "minimum share of code blocks with a library call or control flow (paper: 0.6)", "filter", min=0, max=1
+    max_chars: int = setting(70_000, "maximum characters of a trajectory", "filter", min=1)
+    min_substantial: float = by_model(
+        0.0,
+        0.6,
+        "minimum share of blocks with a library call or control flow (paper: 0.6)",
+        "filter",
+        min=0,
+        max=1,
     )
     code_free_share: float = setting(
         0.1, "maximum share of trajectories without code, and how often one is preferred", "filter", min=0, max=1
     )
-    keep_one_call: float = setting(1.0, "share to keep of one-call trajectories (official 0.5)", "filter", min=0, max=1)
+    keep_one_call: float = by_model(
+        1.0, 0.5, "share to keep of one-call trajectories (official: 0.5)", "filter", min=0, max=1
+    )
     keep_easy: float = setting(0.5, "share to keep of problems plain reasoning always solves", "filter", min=0, max=1)
     seed: int = setting(0, "random seed of problems, sampling and filter", "run")
 
@@ -62,7 +69,8 @@ def format_fault(draft: Draft, settings: FilterSettings) -> str:
         "short": len(draft.text) < settings.min_chars,
         "long": len(draft.text) > settings.max_chars,
     }
-    reason = next((reason for reason, fault in faults.items() if fault), "") or block_fault(draft.segments)
+    reason = next((reason for reason, fault in faults.items() if fault), "")
+    reason = reason or block_fault(draft.segments) or claim_fault(draft)
     shown = [first_block(text).code for text, own in draft.segments if own]
     ran = [code.rstrip() for code in draft.codes]
     return reason or ("" if [code.rstrip() for code in shown if code is not None] == ran else "other_code")
@@ -77,14 +85,36 @@ def block_fault(segments: list[tuple[str, bool]]) -> str:
             continue
         if not observed or not block.closed or text[block.close_end :].strip():
             return "stray_fence"
-        if FENCE.search(text[: block.open_at]) or FENCE.search(block.code):
+        if FENCE.search(text[: block.open_at]) or FENCE_LINE.search(block.code):
             return "stray_fence"
         if not re.search(r"\w", text[: block.open_at].replace(THINK, "")):
             return "empty_thought"
     return ""
 
 
-FENCE = re.compile(r"^\s*(```|~~~)", re.MULTILINE)
+FENCE_LINE = re.compile(r"^\s*(```|~~~)", re.MULTILINE)
+FENCE = re.compile(r"^[\s>*+-]*(```|~~~)|```\s*output", re.MULTILINE | re.IGNORECASE)  # in prose also quoted
+
+
+def claim_fault(draft: Draft) -> str:
+    """Prose, comments and strings call no number an output that no run before them had."""
+    known = numbers(draft.problem.question)
+    for text, own in draft.segments:
+        if not own:
+            known |= numbers(text)
+            continue
+        block = first_block(text)
+        prose = text if block.open_at < 0 else text[: block.open_at]
+        claimed = numbers(" ; ".join(PROSE_CLAIM.findall(prose))) | remarked_outputs(block.code or "")
+        if claimed - known:
+            return "claimed_output"
+    return ""
+
+
+PROSE_CLAIM = re.compile(  # "Output: 5", "The code prints 5"
+    rf"(?:^\W*(?:the\s+)?output|\b(?:code|program|script|it)\b[^.\n]{{0,20}}\b(?:prints?|outputs?))\W{{0,6}}({NUMBER.pattern})",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def repetition_fault(draft: Draft, settings: FilterSettings) -> str:
@@ -144,8 +174,8 @@ def has_balanced_math(prose: str) -> bool:
 
 def _has_paired_dollars(paragraph: str) -> bool:
     signs = list(re.finditer(r"\$", paragraph))
-    before = [bool(re.match(r"\s?[-+]?\.?\d", paragraph[sign.end() :])) for sign in signs]  # as in $5
-    after = [bool(re.search(r"\d\s?$", paragraph[: sign.start()])) for sign in signs]  # as in 5$
+    before = [bool(re.match(r"\s?[-+]?\.?\d", paragraph[sign.end() : sign.end() + 4])) for sign in signs]  # as in $5
+    after = [bool(re.search(r"\d\s?$", paragraph[max(0, sign.start() - 2) : sign.start()])) for sign in signs]  # 5$
     certain = [i for i in range(len(signs)) if not before[i] and not after[i]]
     if len(certain) % 2 == 0:
         return True

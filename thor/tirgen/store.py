@@ -82,6 +82,18 @@ def read_summary(folder: Path) -> dict:
         raise UserError(f"{folder}: has no summary.json; let its run end first") from error
 
 
+def check_shards(folders: list[Path]) -> None:
+    """Raise UserError unless all of these runs have ended and they have all parts of their --shard."""
+    shards = set()
+    for folder in folders:
+        read_summary(folder)
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        shards.add(tuple(map(int, settings["shard"].split("/"))))
+    for n in sorted({n for _, n in shards}):
+        if missing := [f"{i}/{n}" for i in range(1, n + 1) if (i, n) not in shards]:
+            raise UserError(f"{', '.join(map(str, folders))}: without shard {', '.join(missing)}")
+
+
 def to_row(draft: Draft, rates: Rates) -> dict:
     """Return a line of tir.jsonl. It holds text, so that run_sft.py can use any model's tokenizer."""
     problem = draft.problem
