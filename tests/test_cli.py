@@ -314,7 +314,23 @@ def test_yaml_values_are_checked_like_flags(tmp_path, capsys):
     config = write(tmp_path / "c.yaml", "rows: 0")
     with pytest.raises(SystemExit) as stop:
         parse_settings(Demo, "", ["--config", config])
-    assert stop.value.code == 2 and "--rows 0: must be at least 1" in capsys.readouterr().err
+    assert stop.value.code == 2 and f"--config {config}: --rows 0: must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_settings(Demo, "", ["--config", config, "--rows", "-1"])
+    assert "error: --rows -1: must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_settings(Demo, "", ["--config", write(tmp_path / "type.yaml", "rows: many")])
+    assert "type.yaml: --rows many: must be of type int" in capsys.readouterr().err
+
+
+def test_a_yaml_list_is_for_settings_with_several_values(tmp_path, capsys):
+    config = write(tmp_path / "c.yaml", "data: [aime24, math500]", "compare: [a, b]")
+    settings = parse_settings(run_infer.Settings, "", ["--config", config], positional="question")
+    assert (settings.data, settings.compare, settings.question) == ("aime24,math500", ["a", "b"], "")
+    with pytest.raises(SystemExit):
+        config = write(tmp_path / "c.yaml", "samples: [1, 2]")
+        parse_settings(run_infer.Settings, "", ["--config", config], positional="question")
+    assert "c.yaml: samples: must be one value, not [1, 2]" in capsys.readouterr().err
 
 
 # ---- printed results ------------------------------------------------------------------------------------------------

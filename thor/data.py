@@ -42,7 +42,8 @@ INSTRUCTIONS = re.compile(  # those of DAPO and verl about the form of the answe
 
 def split_sources(source: str) -> list[str]:
     """The sources in a text such as 'math500, aime24'. An existing path is a single source, commas or not."""
-    return [source] if Path(source).exists() else [name.strip() for name in source.split(",")]
+    names = [name.strip() for name in source.split(",")]
+    return [source] if Path(source).exists() else [name for name in names if name] or [source]
 
 
 def load_problems(source: str, split: str = "train", limit: int | None = None, seed: int = 0) -> list[Problem]:

@@ -106,11 +106,13 @@ class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class _Parser(HfArgumentParser):
+    source = ""  # of the flags, for error messages
+
     def error(self, message: str) -> NoReturn:
         """Print argparse's message in the form of all other errors: flag, value, what is valid."""
         message = re.sub(r"argument (--\w+)\S*: invalid choice: '?(.*?)'? \(choose from (.*)\)", _one_of, message)
         message = re.sub(r"argument (--\w+)\S*: invalid (\w+) value: '?(.*?)'?$", r"\1 \3: must be of type \2", message)
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {self.source}{message}\n")
 
 
 def _one_of(match: re.Match) -> str:
@@ -146,20 +148,29 @@ def parse_settings(cls: type[S], doc: str, argv: list[str] | None = None, positi
     for action in parser._actions:
         if action.option_strings and action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS  # HfArgumentParser adds one to each flag that is true by default
+    source, in_file = "", set()
     if config := parser.parse_args(argv).config:
-        argv = _flags_from(config, cls, parser) + argv
+        flags, source = _flags_from(config, cls, parser), f"--config {config}: "
+        parser.source, in_file = source, _names(flags) - _names(argv)
+        parser.parse_args(flags)  # so that an error names the file
+        argv, parser.source = flags + argv, ""
     *parts, extra = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     settings = cls(**{name: value for part in parts for name, value in vars(part).items()})
     given = getattr(extra, "_positional", None) if positional else None
     for field in dataclasses.fields(cls):
         value = getattr(settings, field.name)
         if fault := _number_fault(value, field.metadata.get("bounds", {})):
+            parser.source = source if field.name in in_file else ""
             parser.error(f"--{field.name} {value}: must be {fault}")
     if given:
         settings = dataclasses.replace(settings, **{positional: given})
-    given = {word.partition("=")[0].removeprefix("--") for word in argv}
-    object.__setattr__(settings, "_given", given)  # for `fill_defaults`; not a field, so not in config.json
+    object.__setattr__(settings, "_given", _names(argv))  # for `fill_defaults`; not a field, so not in config.json
     return settings
+
+
+def _names(words: list[str]) -> set[str]:
+    """The settings that command line words name (and words that are values)."""
+    return {word.partition("=")[0].removeprefix("--") for word in words}
 
 
 def _number_fault(value: Any, bounds: dict[str, float]) -> str:
@@ -182,11 +193,15 @@ def _flags_from(config: str, cls: type, parser: _Parser) -> list[str]:
         parser.error(f"--config {config}: must consist of 'name: value' lines")
     for name in sorted({str(name) for name in values} - {field.name for field in dataclasses.fields(cls)}):
         parser.error(f"--config {config}: no setting is named {name!r}")
-    flags = []
+    flags, hints = [], typing.get_type_hints(cls)
     for name, value in values.items():
         parts = value if isinstance(value, list) else [] if value is None else [value]
         if any(part is None or isinstance(part, (dict, list)) for part in parts):
             parser.error(f"--config {config}: {name}: must be a value or a list of values, not {value}")
+        if isinstance(value, list) and typing.get_origin(hints[name]) is not list:
+            if hints[name] is not str:
+                parser.error(f"--config {config}: {name}: must be one value, not {value}")
+            value = ",".join(map(str, parts))  # as in `data: [aime24, math500]`
         if parts:
             flags += [f"--{name}", *map(str, parts)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags

@@ -37,6 +37,7 @@ CHARACTERS = str.maketrans(
 )
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣᵃᵇᵏᵐᵗ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙₓᵢⱼₖₘₐ"
 SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES |= {f"{name}s": value for name, value in SCALES.items()}
 END = r"(?![A-Za-z])"  # of the name of a LaTeX command
 QUOTED = r"\\text\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
 FUNCTION = "(a?(?:sin|cos|tan|cot|sec|csc)h?|arc(?:sin|cos|tan|cot|sec|csc)|ln|log|exp|lcm|gcd|max|min|sgn)"
@@ -55,6 +56,8 @@ RULES: list[tuple[str, str, str, str]] = [  # pattern, replacement, example befo
     (rf"\\text\s*\{{\s*{FUNCTION}\s*\}}", r"\\\1 ", r"\text{asin}(x)", r"\asin (x)"),
     (rf"\\text\s*\{{\s*({'|'.join(SCALES)})\b([^{{}}]*)\}}", r" \1\2 ", r"5\text{ million}", "5 million"),
     # separators: of thousands, and of the items of a list
+    (r"(?<=\d)\\text\s*\{\s*,\s*\}(?=\d{3}(?!\d))", "", r"10\text{,}080", "10080"),
+    (r"(?<=\d)_(?=\d{3}(?:_\d{3})*$)", "", "10_080", "10080"),
     (
         r"(?<=\d)(?:(?:\\!\s*)?(?:\{,\}|,)\s*\\!\s*|\\!\s*,|\{,\}|\\[,;: !]\s*|~)(?=\d{3}(?!\d))",
         "",
@@ -98,6 +101,8 @@ RULES: list[tuple[str, str, str, str]] = [  # pattern, replacement, example befo
     # Python
     (r"\*\*", "^", "x**2", "x^2"),
     (r"'([A-Za-z]\w*)'\s*:", r"\1:", "{'x': 1}", "{x: 1}"),
+    (r"\bDecimal\('([^']*)'\)", r"\1", "Decimal('0.75')", "0.75"),
+    (r"(?<=[\[(,\s])'([^'\[\](){}]*)'(?=\s*[,\])])", r"\1", "['A', 'B']", "[A, B]"),
     (r"\b(?:np|numpy|math|cmath|sp|sympy|S)\.(?=[A-Za-z])", "", "np.sqrt(2)", "sqrt(2)"),
     (r"(?<=[)\]])\s*U\s*(?=[(\[])", r" \\cup ", "(0,1) U (2,3)", r"(0,1) \cup (2,3)"),
     # the end of the sentence, but not the dots of 0.333...

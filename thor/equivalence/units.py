@@ -22,15 +22,17 @@ NAMES = {spelling: line.split()[0] for line in SPELLINGS.split(";") for spelling
 NOT_BARE = {"mg", "pc"}  # rather m times g
 NOT_UNITS = {"squared", "cubed", "mod", "plus", "minus", "where", "with", "for", "if", "when", "such", "to", "or"}
 NOT_UNITS |= {"and", "not", "but", "more", "less", "fewer", "maybe", "union", "choose", *SCALES}
+NOT_UNITS |= {f"{name}s" for name in ("quadrillion", "lakh", "crore", "third", "fourth", "fifth", "sixth", "tenth")}
+NOT_UNITS |= {"quadrillion", "lakh", "crore", "half", "halves", "repeating", "recurring", "reciprocal", "inverse"}
 NOT_UNITS |= {name for name in FUNCTIONS if len(name) > 3}  # not min and sec
 NOT_UNITS |= set("january february march april june july august september october november december".split())  # noqa: SIM905
 
 SYMBOLS = [  # LaTeX in units, as letters
-    (rf"M_(?:\\odot{END}|\{{\s*\\odot\s*\}})", "Msun"), (rf"\\mu{END}\s*(?=[A-Za-z])", "micro"),
+    (rf"(?<=[LMR])_(?:\\odot{END}|\{{\s*\\odot\s*\}})", "sun"), (rf"\\mu{END}\s*(?=[A-Za-z])", "micro"),
     (rf"\\Omega{END}", "ohm"), (rf"\\AA{END}", "angstrom"), (r"\\frac\s*\{(.*)\}\s*\{(.*)\}", r"\1/\2"),
 ]  # fmt: skip
 SUN, MICRO, OHM, ANGSTROM = (pattern for pattern, _ in SYMBOLS[:4])
-WORD = rf"(?:{QUOTED}|{SUN}|{OHM}|{ANGSTROM}|(?:{MICRO})?[A-Za-z]+(?:\.[a-z]\b)?\.?)"
+WORD = rf"(?:(?:\\mu\s*)?{QUOTED}|[LMR]{SUN}|{OHM}|{ANGSTROM}|(?:{MICRO})?[A-Za-z]+(?:\.[a-z]\b)?\.?)"
 POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d)|[23](?!\d))?"
 PRODUCT = rf"{WORD}{POWER}(?:(?:\s*(?:/|\\cdot|\*)\s*|\s+|(?=\\)){WORD}{POWER}){{0,4}}"  # limits the time, too
 UNIT = re.compile(rf"\s*(?:\\?%|\\frac\s*\{{{PRODUCT}\}}\s*\{{{PRODUCT}\}}|{PRODUCT})")
@@ -46,6 +48,7 @@ def canonical_unit(text: str, single_letters: bool = False) -> str | None:
     """
     if text.strip() in ("%", r"\%"):
         return "percent"
+    text = re.sub(r"\\mu\s*\\text\s*\{\s*", r"\\text{micro", text)
     outside = TEXT.sub(" ", text).replace(r"\cdot", " ")
     if "\\" in outside and not single_letters:
         return None

@@ -63,7 +63,8 @@ def load_prompts(actor_prompt: str, critic_prompt: str, judge_prompt: str) -> Pr
         try:
             prompt = known[name] if name in known else load_prompt(name)
         except ValueError as error:
-            raise UserError(f"--{flag} {error}, {', '.join(known)}") from error
+            more = f", {', '.join(known)}" if "no such file" in str(error) else ""  # `load_prompt` lists the others
+            raise UserError(f"--{flag} {error}{more}") from error
         missing = [] if flag == "actor_prompt" or prompt == FEW_SHOT else [f for f in FIELDS if f not in prompt.user]
         if missing:
             raise UserError(f"--{flag} {name}: user: must contain {', '.join(missing)}")
