@@ -173,7 +173,8 @@ class Evaluation:
         if rank():
             return
         count, k, earlier = len(self.problems), self.settings.samples, self.run / "results.json"
-        groups = {id: records for id, records in self.log.read().items() if len(records) == k}
+        found = self.log.read()  # in the order of the run; with many ranks or after --resume not that of the problems
+        groups = {p.id: found[p.id] for p in self.problems if len(found.get(p.id, ())) == k}
         seconds = time.monotonic() - self.started if self.todo else 0.0
         seconds += json.loads(earlier.read_text())["seconds"] if earlier.exists() else 0.0
         text = f"{self.name}: {count} problems, {k} sample{'s' * (k > 1)} of each, {seconds:.0f} s"

@@ -118,6 +118,8 @@ def test_killed_evaluation_is_resumed_to_the_same_file_on_any_number_of_ranks(tm
         log.write_text("".join(left))
         out = infer(tmp_path, *flags, "--out", "killed", "--resume", ranks=ranks)
         assert log.read_text() == whole and "interrupted" not in out
+        tables = [(tmp_path / name / "results.md").read_text().partition("\n")[2] for name in ("whole", "killed")]
+        assert tables[0] == tables[1]  # the benchmarks in the order of --data, too
         assert sorted(p.name for p in log.parent.glob("traj*")) == ["trajectories.jsonl"]
     assert out.count("5 problems") == 1  # only rank 0 prints
 
