@@ -225,10 +225,7 @@ def encode(tokenizer, text: str, added_tokens: bool = False) -> list[int]:
 
 
 def unknown_ids(tokenizer) -> set[int]:
-    """The id of the unknown token, which any text may contain; empty if the tokenizer never needs it.
-
-    Tokenizers of bytes do not, and GPT-2's names its EOS as the unknown token all the same.
-    """
+    """The unknown token, which any text may contain. Tokenizers of bytes need none (GPT-2's names its EOS)."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     return set() if getattr(model, "unk_token", "any") is None else {tokenizer.unk_token_id}
 
