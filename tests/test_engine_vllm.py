@@ -406,12 +406,16 @@ def test_rl_samples_from_the_weights_it_trains(tmp_path):
     """Runs the whole script: log-probs of sampler and trainer agree after each update and after resuming."""
     tokenizer = byte_tokenizer(("\\boxed{4}", "\\boxed{5}"))
     model = tiny_llama(tokenizer, tie_word_embeddings=True, **SHAPE)
-    with torch.no_grad():  # answers and ends are likely, so that some groups have different rewards
-        words = tokenizer.convert_tokens_to_ids(["\\boxed{4}", "\\boxed{5}", tokenizer.eos_token])
-        model.get_input_embeddings().weight[words] *= 4
+    four, five, end = tokenizer.convert_tokens_to_ids(["\\boxed{4}", "\\boxed{5}", tokenizer.eos_token])
+    with torch.no_grad():  # answers and ends are likely, and both answers equally so: groups have different rewards
+        weight = model.get_input_embeddings().weight
+        weight[[four, end]] *= 4
+        weight[five] = weight[four]
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "data.jsonl").write_text('{"question": "2 + 2 = ?", "answer": "4"}\n' * 2)
+    # each question has another answer: what the first one teaches is wrong for the second, so neither is solved soon
+    rows = '{"question": "2 + 2 = ?", "answer": "4"}\n{"question": "2 + 3 = ?", "answer": "5"}\n'
+    (tmp_path / "data.jsonl").write_text(rows)
     settings = {"data": tmp_path / "data.jsonl", "model": tmp_path / "model", "out": tmp_path / "rl", "sampler": "vllm"}
     settings |= {"prompts": 2, "group": 16, "max_tokens": 60, "min_tokens": 1, "lr": 1e-3, "evaluate": False}
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
