@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -784,6 +785,37 @@ def test_interrupted_save_leaves_no_checkpoint_and_does_not_hinder_the_next(run,
     (run / "checkpoints/link.tmp").symlink_to("000001.pt")  # of a run that was killed before it renamed the link
     trainer.save({"iteration": 2})
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000002.pt", "latest.pt"]
+
+
+@pytest.mark.parametrize("writes", ["log", "settings", "checkpoint", "model"])
+def test_full_disk_is_a_one_line_error_and_keeps_what_is_complete(run, tokenizer, writes):
+    """A limit on the size of files stands for a full disk."""
+    model = tiny_llama(tokenizer)
+    trainer = Trainer(model, run, SETTINGS)
+    trainer.save({"iteration": 1})
+    latest = (run / "checkpoints/latest.pt").read_bytes()
+
+    def write() -> None:
+        if writes == "log":
+            run.append("metrics.jsonl", {"text": "x" * 20_000})
+        elif writes == "settings":
+            run.write_json("config.json", {"text": "x" * 20_000})
+        elif writes == "checkpoint":
+            trainer.save({"iteration": 2})
+        else:
+            with run.whole_folder("final") as folder:
+                save_model(model, tokenizer, folder)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(.*\); is the disk full\?") as caught:
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert (run / "checkpoints/latest.pt").read_bytes() == latest and not (run / "final").exists()
+    write()
 
 
 def test_broken_link_to_a_checkpoint_is_refused(run):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from safetensors import SafetensorError
 
 from thor.distributed import gather, rank
 from thor.settings import UserError
@@ -99,7 +100,7 @@ class Run:
     def append(self, name: str, record: dict) -> None:
         """Add one line to a jsonl file."""
         if rank() == 0:
-            with (self / name).open("a", encoding="utf-8") as file:
+            with writing(self / name), (self / name).open("a", encoding="utf-8") as file:
                 file.write(to_line(record))
 
     def read(self, name: str) -> list[dict]:
@@ -182,7 +183,8 @@ class Run:
         target, temporary, old = self / name, self / f"{name}.tmp", self / f"{name}.old"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        yield temporary
+        with writing(target):
+            yield temporary
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
@@ -225,5 +227,16 @@ def to_line(record: dict) -> str:
 def write_atomic(path: Path, text: str) -> None:
     """Write a file that is complete or not there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write, as to a full disk, into a UserError. torch and safetensors raise errors of their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be written ({why}); is the disk full? --resume continues the run") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from thor.data import cell_text, parse_json
+from thor.run_folder import writing
 from thor.settings import UserError
 from thor.tirgen.draft import Draft
 from thor.tirgen.filters import Rates, Selection
@@ -134,7 +135,7 @@ def from_row(row: Any, where: str) -> tuple[Problem, list[tuple[str, bool]]]:
 def write_rows(path: Path, selection: Selection) -> KeptStatistics:
     """Write the rows of the trajectories that the filter kept, one at a time, and count what is in them."""
     statistics, temporary = KeptStatistics(), path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with writing(path), temporary.open("w", encoding="utf-8") as file:
         for candidate in selection.kept:
             draft = read_draft(candidate.where)
             statistics.add(draft, selection.rates[draft.problem.id])

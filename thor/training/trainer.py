@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from thor.attention import distinct_tokens, micro_batches
 from thor.distributed import all_reduce_sum, barrier, gather, rank, world_size
-from thor.run_folder import LOGS, Run, to_line, write_atomic
+from thor.run_folder import LOGS, Run, to_line, write_atomic, writing
 from thor.settings import UserError, by_model, setting
 from thor.training.model import FULL_STATE, checkpoint_gradients, reshard, shard
 from thor.training.scoring import Scores, score_tokens
@@ -345,10 +345,10 @@ class Trainer:
         if rank() == 0:
             folder = self.run / CHECKPOINTS
             folder.mkdir(exist_ok=True)
-            path, link = folder / f"{state['iteration']:06d}.pt", folder / "link.tmp"
-            temporary = folder / "checkpoint.tmp"
-            torch.save(saved, temporary)
-            os.replace(temporary, path)
+            path, temporary, link = (folder / f for f in (f"{state['iteration']:06d}.pt", "checkpoint.tmp", "link.tmp"))
+            with writing(path):
+                torch.save(saved, temporary)
+                os.replace(temporary, path)
             link.unlink(missing_ok=True)  # left by a run that was killed here
             link.symlink_to(path.name)
             os.replace(link, folder / "latest.pt")
