@@ -121,6 +121,7 @@ class ActorCritic:
         self.actor_role = make_actor(actor.tokenizer, prompts.actor)
         self.critic_role = make_critic(critic.tokenizer, prompts.critic)
         self.judge_role = make_critic(critic.tokenizer, prompts.judge)
+        self.rejection: RequestRejected | None = None  # the last one
 
     def generate(self, problem: Problem, name: str) -> Task:
         """Generate one trajectory and return its Draft. `name` identifies its requests and determines its seeds."""
@@ -276,7 +277,11 @@ class ActorCritic:
             return "", "length"
         seed = derive_seed(s.seed, draft.name, who, draft.requests)
         request = Request(f"{draft.name}/{who}", ids, room, s.temperature, s.top_p, s.top_k, seed, stop, shared)
-        completion = yield Ask(engine, request)
+        try:
+            completion = yield Ask(engine, request)
+        except RequestRejected as error:
+            draft.dropped, self.rejection = "rejected", error
+            return "", "length"
         draft.requests += 1
         draft.tokens[who] += len(completion.token_ids)
         sampled = completion.token_ids[:-1] if completion.finish == "eos" else completion.token_ids
@@ -312,7 +317,7 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
     """Generate all tries that drafts.jsonl does not have yet. Each is appended when it has ended.
 
     If a model server stops answering, what is in flight is lost, and sampled again once it answers. A try whose request
-    it rejects is dropped.
+    it rejects is dropped. Raises ServerError after --patience, and after MAX_REJECTED rejected tries in a row.
     """
     settings = loop.settings
     done = read_names(run / "drafts.jsonl")
@@ -327,6 +332,10 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
         nonlocal last, lost, rejected
         rejected = rejected + 1 if draft.dropped == "rejected" else 0
         run.append("drafts.jsonl", draft.to_record())
+        if rejected:
+            tqdm.write(f"{loop.rejection}; {draft.name} is dropped")
+        if rejected == MAX_REJECTED:
+            raise loop.rejection
         done.add(draft.name)
         last, lost = time.monotonic(), None
         counts["drafts"] += not draft.plain
@@ -346,18 +355,10 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
                 if name not in done
             )
             try:
-                deterministic = is_reproducible(loop.actor, loop.critic)
-                drive(tasks, loop.actor, executor, save, grade, in_flight=in_flight, deterministic=deterministic)
-            except RequestRejected as error:
-                if rejected == MAX_REJECTED:
-                    raise
-                tqdm.write(f"{error}; the try is dropped")
-                name = error.request_id.rpartition("/")[0]
-                tries = list_tries(problems, settings)
-                save(0, next(Draft(p, n, plain=plain, dropped="rejected") for n, p, plain in tries if n == name))
+                drive(tasks, loop.actor, executor, save, grade, in_flight, is_reproducible(loop.actor, loop.critic))
             except ServerError as error:
                 lost = lost or time.monotonic()
-                if time.monotonic() - lost >= 60 * settings.patience:
+                if isinstance(error, RequestRejected) or time.monotonic() - lost >= 60 * settings.patience:
                     raise
                 tqdm.write(f"{error}; trying again in {RETRY_SECONDS} seconds")
                 time.sleep(RETRY_SECONDS)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import wait
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -417,6 +418,26 @@ def test_undecodable_stream_is_a_server_error(server, connect, monkeypatch):
     monkeypatch.setattr(http, "MAX_ATTEMPTS", 2)
     with pytest.raises(ServerError, match="failed 2 times, last with DecodingError"):
         complete_in_time(connect(), [Request("a", [1], 2)])
+
+
+def test_a_rejected_request_leaves_the_others(server, connect):
+    engine, done, rejected = connect(), [], []
+
+    def answer(body, reply):
+        if body["prompt"] == [2]:
+            return 400
+        return reply.send([5], [-0.1])
+
+    server.answer = answer
+    for name in range(1, 5):
+        engine.add(Request(str(name), [name], 1))
+    wait(engine.in_flight)  # all end before the first step
+    while engine.has_work():
+        try:
+            done += [completion.id for completion in engine.step()]
+        except RequestRejected as error:
+            rejected.append(error.request_id)
+    assert sorted(done) == ["1", "3", "4"] and rejected == ["2"]
 
 
 def test_permanent_errors_are_one_line(server, connect, monkeypatch):

@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -276,16 +277,18 @@ def test_a_lost_server_is_tried_again(monkeypatch, scripted):
         main([*FLAGS, "--out", "impatient", "--patience", "0"])
 
 
-def rejecting(monkeypatch, names) -> None:
-    """Make the engine reject the requests of these tries, once the others have a few steps behind them."""
+def rejecting(monkeypatch, names) -> list:
+    """Make the engine reject the requests of these tries, once the others have a few steps. Returns all requests."""
+    requests = []
 
     def load(settings):
         engine = ScriptedEngine(TOKENIZER, reply)
-        step = engine.step
+        step, engine.requests = engine.step, requests
 
         def rejecting_step():
             for request in engine.queue if len(engine.requests) > 4 else ():
                 if names(request.id):
+                    engine.queue.remove(request)
                     raise RequestRejected("http://critic: rejected the request with 400: too long", request.id)
             return step()
 
@@ -293,13 +296,21 @@ def rejecting(monkeypatch, names) -> None:
         return engine, engine
 
     monkeypatch.setattr(run_tirgen, "load_engines", load)
+    return requests
 
 
-def test_a_request_that_the_server_rejects_costs_its_try_only(monkeypatch):
+def test_a_request_that_the_server_rejects_costs_its_try_only(monkeypatch, capsys):
+    requests = rejecting(monkeypatch, lambda name: False)
     main([*FLAGS, "--out", "whole"])
+    expected = Counter(request.id.rpartition("/")[0] for request in requests)
     lost = {json.loads(line)["name"] for line in lines("whole/drafts.jsonl")[:2]}
-    rejecting(monkeypatch, lambda name: name.rpartition("/")[0] in lost)
+    requests = rejecting(monkeypatch, lambda name: name.rpartition("/")[0] in lost)
     main([*FLAGS, "--out", "rejected"])
+    asked = Counter(request.id.rpartition("/")[0] for request in requests)
+    assert {name: n for name, n in asked.items() if name not in lost} == {
+        name: n for name, n in expected.items() if name not in lost
+    }, "a try of which nothing was rejected started again"
+    assert capsys.readouterr().out.count("rejected the request with 400: too long; ") == len(lost)
     drafts = {draft.name: draft for _, draft in read_drafts([Path("rejected/drafts.jsonl")])}
     assert {name for name, draft in drafts.items() if draft.dropped} == lost and len(drafts) == PROBLEMS * 4
     assert [line for line in lines("whole/drafts.jsonl") if json.loads(line)["name"] not in lost] == [

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thor.attention import common_prefix
-from thor.engines import Completion, Engine, Request
+from thor.engines import Completion, Engine, Request, RequestRejected
 from thor.prompts import NO_ROUNDS, PROMPTS, Prompt, observation_text
 from thor.sandbox import Executor
 from thor.settings import derive_seed
@@ -73,11 +73,13 @@ def drive(
     because a task that waits for its tool would lose its cache to a new one.
     deterministic: wait for all submitted code before each step of the engine. Then the tasks alone, and not the speed
     of the tools, determine which requests share a batch, and so how every float is rounded.
+    A RequestRejected is raised in the task whose request it is. A task that does not catch it ends all of them.
     """
     fresh = enumerate(tasks)
     following = next(fresh, None)
     started: dict[int, Task] = {}
     values: dict[int, Any] = {}
+    finish = done or values.__setitem__
     waiting: dict[tuple[int, str], int] = {}  # (engine, request id) -> task
     running: dict[Future, tuple[int, str, int]] = {}  # future -> (task, code, tries)
     grading: dict[Future, tuple[int, Any]] = {}  # future -> (task, value)
@@ -89,15 +91,10 @@ def drive(
         limits = [in_flight, *(getattr(e, "max_rows", None) for e in engines.values())]
         return all(limit is None or len(waiting) + len(running) < limit for limit in limits)
 
-    def finish(i: int, value: Any) -> None:
-        if done:
-            done(i, value)
-        else:
-            values[i] = value
-
-    def resume(i: int, message: Completion | ExecResult | None) -> None:
+    def resume(i: int, message: Completion | ExecResult | RequestRejected | None) -> None:
+        task = started[i]
         try:
-            wanted = started[i].send(message)
+            wanted = task.throw(message) if isinstance(message, RequestRejected) else task.send(message)
         except StopIteration as stop:
             del started[i]
             for e, name in used.pop(i, ()):
@@ -128,9 +125,8 @@ def drive(
             else:
                 resume(i, result)
         for future in ended & grading.keys():
-            graded = grading.pop(future)
             future.result()  # raises what `grade` raised
-            finish(*graded)
+            finish(*grading.pop(future))
 
     try:
         while following or waiting or running or grading:
@@ -142,9 +138,13 @@ def drive(
             if waiting and not busy and not running:
                 raise RuntimeError(f"the engine has lost requests: {sorted(name for _, name in waiting)}")
             for e in busy:
-                for completion in e.step():
-                    if (id(e), completion.id) in waiting:  # else the caller added the request before
-                        resume(waiting.pop((id(e), completion.id)), completion)
+                try:
+                    answers = [(completion.id, completion) for completion in e.step()]
+                except RequestRejected as error:
+                    answers = [(error.request_id, error)]
+                for name, answer in answers:
+                    if (id(e), name) in waiting:  # else the caller added the request before
+                        resume(waiting.pop((id(e), name)), answer)
             timeout = 0 if busy else None  # without anything to decode, wait
             while deterministic and running:
                 collect([*running], None, ALL_COMPLETED)

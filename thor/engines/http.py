@@ -90,9 +90,10 @@ class HTTPEngine:
         future.add_done_callback(self.finished.put)
 
     def step(self) -> list[Completion]:
-        """Return the finished completions. Waits for one until POLL_INTERVAL after the last call.
+        """Return the finished completions, or raise the error of one request. The next step returns the others.
 
-        So a caller with nothing else to do does not spin, and a caller that also steps another engine does not wait.
+        Waits for a completion until POLL_INTERVAL after the last call. So a caller with nothing else to do does not
+        spin, and a caller that also steps another engine does not wait.
         """
         futures, wait = [], self.last_step + POLL_INTERVAL - time.monotonic()
         with contextlib.suppress(queue.Empty):
@@ -100,6 +101,10 @@ class HTTPEngine:
             while True:
                 futures.append(self.finished.get_nowait())
         self.last_step = time.monotonic()
+        if failed := [future for future in futures if future.exception()][:1]:
+            for future in set(futures) - set(failed):
+                self.finished.put(future)
+            futures = failed
         self.in_flight.difference_update(futures)
         return [future.result() for future in futures]
 
