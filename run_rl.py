@@ -254,7 +254,7 @@ def hierarchical_loss(batch: Batch, scores: Scores, settings: Settings) -> tuple
         "clip_fraction": clip["clipped"].sum().item(),
         "ratio": clip["ratio"].sum().item(),
         "entropy": scores.entropy.sum().item(),
-        "mismatch_kl": (torch.exp(-gap.clamp(min=-20)) - 1 + gap).sum().item(),  # k3 estimate of KL(sampler, old)
+        "mismatch_kl": (torch.exp(gap.clamp(max=20)) - 1 - gap).sum().item(),  # k3 estimate of KL(sampler, old)
         "logp_unknown": unknown.sum().item(),
     }
 

@@ -266,8 +266,8 @@ def test_importance_weight_is_capped_and_1_if_unknown():
     loss, info = hierarchical_loss(batch, Scores(logp, torch.zeros(3)), Settings(is_cap=2.0))
     assert loss.item() == pytest.approx((2 + 0.5 + 1) / 3, abs=1e-6)
     assert info["logp_unknown"] == 1
-    # k3: exp(d) - 1 - d with d = logp_sampler - logp_old
-    d = [-math.log(4), math.log(2)]
+    # k3: exp(d) - 1 - d with d = logp_old - logp_sampler
+    d = [math.log(4), -math.log(2)]
     assert info["mismatch_kl"] == pytest.approx(sum(math.exp(x) - 1 - x for x in d), abs=1e-5)
 
 
@@ -285,6 +285,16 @@ def test_sequence_weight_of_a_rank_without_samples():
     batch = replace(batch_of(none, none, none, none.bool(), Counts(5, 0, 0)), lengths=[])
     loss, _ = hierarchical_loss(batch, Scores(none, none), Settings(is_level="sequence"))
     assert loss.item() == 0
+
+
+def test_mismatch_kl_is_the_kl_of_the_sampler_and_the_trainer_in_the_mean():
+    """Over tokens as often as the sampler draws them, its mean is KL(sampler, trainer), also if they differ much."""
+    sampler, trainer = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.3, 0.6])
+    tokens = torch.tensor([0] * 7 + [1] * 2 + [2])
+    logp, logp_sampler = trainer.log()[tokens], sampler.log()[tokens]
+    batch = batch_of(logp, logp_sampler, torch.ones(10), torch.zeros(10, dtype=torch.bool), Counts(10, 0, 10))
+    _, info = hierarchical_loss(batch, Scores(logp, torch.zeros(10)), Settings())
+    assert info["mismatch_kl"] / 10 == pytest.approx((sampler * (sampler / trainer).log()).sum().item(), abs=1e-6)
 
 
 def test_mismatch_kl_stays_finite_for_log_probs_that_are_far_apart():
@@ -729,8 +739,8 @@ def test_update_with_unknown_sampler_log_probs_by_hand(tokenizer):
     expected = -1.5 * (1 + 2 + 0.5 + 1) / 4 - 0.01 * sum(logp) / 4  # ratio 1
     assert metrics["loss"] == pytest.approx(expected, abs=1e-5) and metrics["skipped"] == 0
     assert metrics["logp_unknown"] == 2 and torch.isfinite(vector).all() and vector.any()
-    # k3 of d = logp_sampler - logp_old: exp(d) - 1 - d, and 0 if unknown
-    k3 = (math.exp(-math.log(4)) - 1 + math.log(4)) + (math.exp(math.log(2)) - 1 - math.log(2))
+    # k3 of d = logp_old - logp_sampler: exp(d) - 1 - d, and 0 if unknown
+    k3 = (4 - 1 - math.log(4)) + (1 / 2 - 1 + math.log(2))
     assert metrics["mismatch_kl"] == pytest.approx(k3 / 4, abs=1e-4)
 
 
