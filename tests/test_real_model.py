@@ -3,6 +3,8 @@
 They need SmolLM2-135M-Instruct (93 MB, downloaded on first use) and are skipped if it is not available.
 """
 
+import os
+
 import pytest
 import torch
 from test_engine import assert_greedy, complete
@@ -23,7 +25,8 @@ COUNT = 24
 @pytest.fixture(scope="module", autouse=True)
 def all_threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    # beside another worker of pytest-xdist, two threads would wait for one another most of the time
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     yield
     torch.set_num_threads(before)
 
