@@ -65,10 +65,10 @@ class Settings:
 
     question: str = setting("", "a question to answer", "data")
     data: str = setting(
-        "", "problems to evaluate: files, benchmarks, hub data sets or 'synthetic', with commas", "data"
+        "", "problems: files, benchmarks, hub data sets or 'synthetic'; empty: the quick start's 256", "data"
     )
     split: str = setting("test", "split of 'synthetic' or of a hub data set", "data")
-    limit: int = setting(0, "number of problems to load of each source; 0: all (256 of 'synthetic')", "data", min=0)
+    limit: int = setting(0, "with --data: problems to load of each source; 0: all (256 of 'synthetic')", "data", min=0)
     compare: list[str] = setting([], "runs: show the differences of each to the first", "data")  # noqa: RUF009
     model: str = setting("runs/rl/final", "demo model, folder, hub id, vllm:NAME, or URL of a vLLM server", "model")
     prompt: str = setting("", PROMPT_HELP, "model")
@@ -80,7 +80,7 @@ class Settings:
     suffix_tokens: int = setting(100, "L_suffix: thought tokens to resample (paper: 100)", "sampling", min=0)
     max_tokens: int = by_model(144, 4096, "maximum tokens per response, with tool output", "sampling", min=1)
     max_rounds: int = by_model(3, 5, "maximum tool calls per response (paper: 5)", "sampling", min=0)
-    temperature: float = by_model(0.4, 0.6, "0: greedy, without self-correction", "sampling", min=0)
+    temperature: float = by_model(0.4, 0.6, "0: greedy, which needs --self_correct 0", "sampling", min=0)
     top_p: float = setting(1.0, "nucleus sampling probability", "sampling", above=0, max=1)
     top_k: int = setting(0, "sample from the k most likely tokens; 0: off", "sampling", min=0)
     observation_limit: int = setting(256, "characters of tool output that the model sees", "sampling", min=0)

@@ -10,8 +10,8 @@ One iteration, with policy pi_theta (paper, section 3.2):
                 (cut off, no box near the end, too short) get 0 or are dropped, see --improper
     filter      drop groups with too few samples, and groups of equal rewards (then draw other problems)
     A_i         = (R_i - mean(R)) / (std(R) + eps)                     on all action tokens of tau_i  (population's std)
-    step set    for at most P failed steps, also of dropped trajectories: regenerate the last L_suffix tokens of
-                the thought and the block G times;  R' = 1 if the block passed, else 0 (no block: dropped)
+    step set    for at most P failed steps, see --step_problems: regenerate the last L_suffix tokens of the thought
+                and the block G times;  R' = 1 if the block passed, else 0 (no block: dropped)
     A'_j        = the same normalisation of R'                         on suffix and block only (see regenerate_step)
     ratio       = exp(logp - logp_old)
     l           = -min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A),  at most -c A where A < 0  (dual clip),
@@ -78,15 +78,15 @@ class Settings(TrainSettings):
     limit: int | None = by_model(128, None, "number of problems, the first ones of a file", "data", min=1)
     model: str = setting("runs/sft/final", "name of the demo model, folder or hub id", "model")
     prompt: str = setting("", PROMPT_HELP, "model")
-    sampler: Literal["hf", "vllm"] = setting("hf", "engine; 'hf' shares the trainer's weights", "model")
-    prompts: int = setting(8, "P, problems, and most failed steps, per iteration (paper: 128)", "sampling", min=1)
+    sampler: Literal["hf", "vllm"] = setting("hf", "engine: 'hf' is HFEngine, 'vllm' is vLLM in this process", "model")
+    prompts: int = setting(8, "P, problems, and maximum failed steps, per iteration (paper: 128)", "sampling", min=1)
     group: int = setting(8, "G, trajectories per problem and samples per failed step (paper: 16)", "sampling", min=1)
     pass_rate_range: str = setting(
         "0.05,0.95", "skip most problems with another pass rate; 0,1: skip none (paper)", "sampling"
     )
     max_draws: int = setting(3, "maximum number of times that problems are drawn per iteration", "sampling", min=1)
     max_tokens: int = by_model(144, 3200, "maximum response length in tokens (paper: 3,200)", "sampling", min=1)
-    max_rounds: int = by_model(3, 5, "tool calls per trajectory (paper: 5)", "sampling", min=0)
+    max_rounds: int = by_model(3, 5, "maximum tool calls per trajectory (paper: 5)", "sampling", min=0)
     temperature: float = setting(1.0, "sampling temperature, also used in training (paper: 1.0)", "sampling", above=0)
     suffix_tokens: int = setting(100, "L_suffix, thought tokens to regenerate (paper: 100)", "sampling", min=0)
     timeout: float = setting(5.0, "seconds a snippet may run", "sampling", above=0)
@@ -98,7 +98,7 @@ class Settings(TrainSettings):
     clip_high: float = setting(0.28, "eps_high: the ratio is clipped above 1 + eps_high", "objective", min=0)
     dual_clip: float = setting(3.0, "c: where A < 0 the loss is at most -c A", "objective", above=1)
     is_cap: float = setting(2.0, "cap of the importance weight exp(logp_old - logp_sampler)", "objective", above=0)
-    is_level: Literal["token", "sequence"] = setting("token", "scope of that weight (product)", "objective")
+    is_level: Literal["token", "sequence"] = setting("token", "weight per token, or a sequence's product", "objective")
     kl_coef: float = by_model(0.05, 0.0, "weight of the KL to the initial model, k3 (paper: 0)", "objective", min=0)
     entropy_coef: float = setting(0.0, "weight of an entropy bonus (paper: 0)", "objective")
     improper: Literal["zero", "drop"] = setting("zero", "improper responses: reward 0, or dropped (paper)", "objective")

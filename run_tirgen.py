@@ -67,7 +67,7 @@ OF_CRITIC = ("critic_calls", "code_tries", "code_tokens")  # settings whose defa
 class Settings(FilterSettings):
     """Flags of run_tirgen.py, in addition to those of the filter."""
 
-    data: str = setting("synthetic", "problems: 'synthetic', a json/jsonl/parquet file, or a hub data set", "data")
+    data: str = setting("synthetic", "problems: 'synthetic', a file, a benchmark or a hub data set", "data")
     split: str = setting("train", "split of 'synthetic' or of a hub data set", "data")
     limit: int | None = by_model(160, None, "number of problems to load", "data", min=1)
     exclude: str = setting("", "test sets, separated by commas: problems that are also in them are dropped", "data")

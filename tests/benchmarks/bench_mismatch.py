@@ -6,7 +6,7 @@
 Each sampler writes completions of the same prompts at temperature 1, and each trainer scores all of them:
 
     samplers    vLLM in float32, in bfloat16, and in bfloat16 with logits in float32; HFEngine in bfloat16
-    trainers    float32 (one GPU or a CPU), bfloat16 (as sharded on GPUs), and bfloat16 with logits in float32
+    trainers    float32 (as on a CPU), bfloat16 (as on GPUs), and bfloat16 with logits in float32
 
 A float32 head multiplies the bfloat16 hidden states with the bfloat16 weights, but does not round the logits. The table
 shows |difference| per sampled token, mean and maximum. The last line of the output is JSON.

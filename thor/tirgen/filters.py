@@ -36,7 +36,7 @@ class FilterSettings:
         max=1,
     )
     code_free_share: float = setting(
-        0.1, "maximum share of trajectories without code, and how often one is preferred", "filter", min=0, max=1
+        0.1, "maximum share without code; and of problems that prefer one without", "filter", min=0, max=1
     )
     keep_one_call: float = by_model(
         1.0, 0.5, "share to keep of one-call trajectories (official: 0.5)", "filter", min=0, max=1

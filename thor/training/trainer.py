@@ -51,7 +51,7 @@ class TrainSettings:
     keep: int = setting(2, "number of checkpoints to keep", "run", min=1)
     evaluate: bool = setting(True, "validate before and after training, and every --eval_every", "validation")
     eval_data: str = setting(
-        "auto", "held-out problems, such as 'math500,aime24'; 'auto': those of the demo, if it is trained", "validation"
+        "auto", "held-out problems, such as 'math500,aime24'; 'auto': synthetic for the demo, else none", "validation"
     )
     eval_limit: int = setting(256, "number of problems of each source, the first ones", "validation", min=1)
     eval_every: int = setting(
