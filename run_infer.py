@@ -187,10 +187,12 @@ class Evaluation:
             summary = summarize(scores)
             rows = [] if self.settings.data else [*stages(self.settings.model), (self.name, summary)]
             text += f"\n\n{table(rows) if rows else results_tables(self.name, summary)}"
+            print(text)  # before the files, which a full disk may refuse
             facts = {"name": self.name, "problems_of_run": count, "complete": len(groups) == count, "seconds": seconds}
             self.run.write_json("results.json", facts | summary)
             write_atomic(self.run / "results.md", text + "\n")
-        print(text)
+        else:
+            print(text)
 
 
 def run_name(settings: Settings, tools: bool) -> str:

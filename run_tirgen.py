@@ -47,6 +47,7 @@ from thor.tirgen.roles import (
     FEW_SHOT,
     Prompts,
     Step,
+    critic_sampling,
     encode_segments,
     feedback,
     load_prompts,
@@ -56,10 +57,9 @@ from thor.tirgen.roles import (
 )
 from thor.tirgen.store import check_shards, read_draft, read_drafts, read_names, read_summary, write_rows
 from thor.trajectory import Problem
-from thor.verify import verify
 
 RETRY_SECONDS = 60  # pause after a model server was lost
-MAX_REJECTED = 20  # tries in a row whose request the server rejects
+MAX_REJECTED = 20  # tries in a row whose request the server rejects, before the run ends
 OF_CRITIC = ("critic_calls", "code_tries", "code_tokens")  # settings whose default depends on the critic
 
 
@@ -121,7 +121,7 @@ class ActorCritic:
         self.actor_role = make_actor(actor.tokenizer, prompts.actor)
         self.critic_role = make_critic(critic.tokenizer, prompts.critic)
         self.judge_role = make_critic(critic.tokenizer, prompts.judge)
-        self.rejection: RequestRejected | None = None  # the last one
+        self.rejections: dict[str, RequestRejected] = {}  # name of a try -> why it was dropped
 
     def generate(self, problem: Problem, name: str) -> Task:
         """Generate one trajectory and return its Draft. `name` identifies its requests and determines its seeds."""
@@ -172,7 +172,10 @@ class ActorCritic:
         prose, own = step.prose[:cut], step.prose[cut:]
         draft.append(prose[:start])
         parts, at = self.critic_role.split(prose[start:end]), 0
-        for rewrite in (yield from self.judge(draft, parts)):
+        rewrites = yield from self.judge(draft, parts)
+        if draft.dropped:
+            return
+        for rewrite in rewrites:
             draft.append("".join(parts[at : rewrite.first]))
             at = rewrite.last + 1
             replaced = "".join(parts[rewrite.first : at])
@@ -280,18 +283,12 @@ class ActorCritic:
         try:
             completion = yield Ask(engine, request)
         except RequestRejected as error:
-            draft.dropped, self.rejection = "rejected", error
+            draft.dropped, self.rejections[draft.name] = "rejected", error.with_traceback(None)
             return "", "length"
         draft.requests += 1
         draft.tokens[who] += len(completion.token_ids)
         sampled = completion.token_ids[:-1] if completion.finish == "eos" else completion.token_ids
         return decode(engine.tokenizer, sampled), completion.finish
-
-
-def critic_sampling(settings: Settings) -> Settings:
-    """The settings with the critic's temperature, top_p and top_k in place of the actor's."""
-    own = {name: getattr(settings, f"critic_{name}") for name in ("temperature", "top_p", "top_k")}
-    return replace(settings, **{name: value for name, value in own.items() if value is not None})
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -307,45 +304,46 @@ def load_engines(settings: Settings) -> tuple[Engine, Engine]:
     return actor, critic
 
 
-def grade(draft: Draft) -> None:
-    """Verify the answer of a draft."""
-    answer = draft.answer if draft.finished and not draft.dropped else None
-    draft.correct = answer is not None and verify(answer, draft.problem.answer)
-
-
 def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor, run: Run) -> None:
     """Generate all tries that drafts.jsonl does not have yet. Each is appended when it has ended.
 
     If a model server stops answering, what is in flight is lost, and sampled again once it answers. A try whose request
-    it rejects is dropped. Raises ServerError after --patience, and after MAX_REJECTED rejected tries in a row.
+    it rejects is dropped. Raises ServerError after --patience, or if many tries in a row are rejected, which it does
+    not save.
     """
     settings = loop.settings
     done = read_names(run / "drafts.jsonl")
     total = len(problems) * (settings.tries + settings.plain_tries)
     shared = loop.actor is loop.critic  # half of the rows: the actor's cache is kept while the critic samples
-    in_flight = max(1, settings.rows // 2 if shared else settings.rows)
+    rows = max(1, settings.rows // 2 if shared else settings.rows)
     counts = {"kept": 0, "drafts": 0, "tokens": 0}
-    start = last = time.monotonic()
-    lost, rejected = None, 0  # since when no server has answered; rejected tries in a row
+    start, lost = time.monotonic(), None  # lost: since when no server has answered
+    unsaved: list[Draft] = []  # rejected tries, until another one is not rejected
+    most_rejected = max(MAX_REJECTED, 2 * (settings.tries + settings.plain_tries))  # more than those of one problem
 
-    def save(_: int, draft: Draft) -> None:
-        nonlocal last, lost, rejected
-        rejected = rejected + 1 if draft.dropped == "rejected" else 0
-        run.append("drafts.jsonl", draft.to_record())
-        if rejected:
-            tqdm.write(f"{loop.rejection}; {draft.name} is dropped")
-        if rejected == MAX_REJECTED:
-            raise loop.rejection
-        done.add(draft.name)
-        last, lost = time.monotonic(), None
-        counts["drafts"] += not draft.plain
-        counts["kept"] += not draft.plain and not first_fault(draft, settings)[0]
-        counts["tokens"] += draft.tokens.total()
-        bar.set_postfix_str(
-            f"yield {counts['kept'] / max(1, counts['drafts']):.0%}, {counts['tokens'] / (last - start):.0f} tokens/s",
-            refresh=False,
-        )
-        bar.update()
+    def save() -> None:
+        for draft in unsaved:
+            run.append("drafts.jsonl", draft.to_record())
+            done.add(draft.name)
+            counts["drafts"] += not draft.plain
+            counts["kept"] += not draft.plain and not first_fault(draft, settings)[0]
+            counts["tokens"] += draft.tokens.total()
+            bar.update()
+        unsaved.clear()
+
+    def end(_: int, draft: Draft) -> None:
+        nonlocal lost
+        unsaved.append(draft)
+        if draft.dropped == "rejected":
+            error = loop.rejections.pop(draft.name)
+            tqdm.write(f"{error}; {draft.name} is dropped")
+            if len(unsaved) == most_rejected:
+                raise error
+            return
+        lost = None
+        save()
+        share, speed = counts["kept"] / max(1, counts["drafts"]), counts["tokens"] / (time.monotonic() - start)
+        bar.set_postfix_str(f"yield {share:.0%}, {speed:.0f} tokens/s", refresh=False)
 
     with tqdm(total=total, initial=len(done), desc="tirgen", unit="try") as bar:
         while len(done) < total:
@@ -355,11 +353,13 @@ def sample_drafts(loop: ActorCritic, problems: list[Problem], executor: Executor
                 if name not in done
             )
             try:
-                drive(tasks, loop.actor, executor, save, grade, in_flight, is_reproducible(loop.actor, loop.critic))
+                drive(tasks, loop.actor, executor, end, Draft.grade, rows, is_reproducible(loop.actor, loop.critic))
+                save()
             except ServerError as error:
                 lost = lost or time.monotonic()
                 if isinstance(error, RequestRejected) or time.monotonic() - lost >= 60 * settings.patience:
                     raise
+                unsaved.clear()
                 tqdm.write(f"{error}; trying again in {RETRY_SECONDS} seconds")
                 time.sleep(RETRY_SECONDS)
 

@@ -9,7 +9,7 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from thor.run_folder import LOGS, Run, base_model, check_trackers, lineage, spread, write_atomic
+from thor.run_folder import LOGS, Run, base_model, check_trackers, lineage, spread, write_atomic, writing
 from thor.settings import UserError
 from thor.trajectory import Problem, Trajectory
 
@@ -198,6 +198,23 @@ def test_whole_folder_appears_only_when_complete(tmp_path):
     with run.whole_folder("final") as folder:
         (folder / "whole").touch()
     assert [p.name for p in (run / "final").iterdir()] == ["whole"]
+
+
+def test_error_inside_a_whole_folder_is_not_called_a_failed_write(tmp_path):
+    run = Run(str(tmp_path / "r"), Settings(), resume=False)
+    run.start()
+    with pytest.raises(RuntimeError, match="^Connection closed by peer$"), run.whole_folder("final"):
+        raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("a\nb"), Exception("os error 28")])
+def test_failed_write_is_one_line_and_leaves_no_partial_file(tmp_path, error):
+    (tmp_path / "x.tmp").mkdir()
+    (tmp_path / "x.tmp/part").touch()
+    with pytest.raises(UserError, match=r"x: cannot be written \([^\n]+\); is the disk full"):  # noqa: SIM117
+        with writing(tmp_path / "x", tmp_path / "x.tmp"):
+            raise error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_whole_folder_replaces_one_whose_predecessor_was_not_removed(tmp_path):

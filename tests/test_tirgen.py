@@ -7,9 +7,10 @@ from itertools import pairwise
 import pytest
 from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer
 
-from run_tirgen import ActorCritic, Settings, critic_sampling, grade, resolve, sample_drafts
+from run_tirgen import ActorCritic, Settings, critic_sampling, resolve, sample_drafts
 from thor.demo import synthetic_problems
 from thor.demo.few_shot import DEMONSTRATIONS, few_shot_critic, nearest_demonstrations
+from thor.engines import RequestRejected
 from thor.prompts import TIRGEN_PROMPTS
 from thor.rollout import drive
 from thor.run_folder import Run
@@ -57,7 +58,7 @@ def build(tokenizer, actor_replies, critic_replies, prompts="few-shot", judge=ad
     chat = Prompts(*(TIRGEN_PROMPTS[name] for name in ("actor", "critic", "judge")))
     chosen = chat if prompts == "chat" else Prompts("few-shot", "few-shot", TIRGEN_PROMPTS["judge"])
     loop = ActorCritic(engine, engine, chosen, settings)
-    [draft] = drive([loop.generate(PROBLEM, "p#0")], engine, executor, grade=grade)
+    [draft] = drive([loop.generate(PROBLEM, "p#0")], engine, executor, grade=Draft.grade)
     return draft, engine
 
 
@@ -198,7 +199,7 @@ def test_a_step_that_does_not_fit_into_the_critic_is_kept():
     critic = ScriptedEngine(chat_tokenizer(), reply, context=100)
     chat = Prompts(*(TIRGEN_PROMPTS[name] for name in ("actor", "critic", "judge")))
     loop = ActorCritic(actor, critic, chat, resolve(Settings(step_tokens=400, code_tokens=400, max_tokens=4000)))
-    [draft] = drive([loop.generate(PROBLEM, "p#0")], actor, ScriptedExecutor(adds), grade=grade)
+    [draft] = drive([loop.generate(PROBLEM, "p#0")], actor, ScriptedExecutor(adds), grade=Draft.grade)
     assert draft.correct and draft.rejected == {"too_long": 1} and not critic.requests
 
 
@@ -238,6 +239,26 @@ def test_a_failed_block_of_the_actor_goes_to_the_critic():
     assert draft.codes == ["print(2 + 2)\n"] and draft.errors == {"NameError": 1} and draft.correct
     [prompt, _] = asked(engine, "critic")
     assert "print(bad + 2)" in prompt and "is not defined" in prompt
+
+
+def test_a_try_whose_judgement_the_server_rejects_ends_there():
+    """The block that the actor wrote after that is not run, and nothing more is asked."""
+    own = "Look at it.\nAdd the numbers.\n```python\nprint(bad + 2)\n```"
+    engine = ScriptedEngine(chat_tokenizer(), lambda request, turn: own)
+    step = engine.step
+
+    def rejecting_step():
+        if engine.queue[0].id.endswith("critic"):
+            raise RequestRejected("http://critic: rejected the request with 400", engine.queue.pop(0).id)
+        return step()
+
+    engine.step = rejecting_step
+    chat = Prompts(*(TIRGEN_PROMPTS[name] for name in ("actor", "critic", "judge")))
+    loop = ActorCritic(engine, engine, chat, resolve(Settings(critic_calls=2, step_tokens=400, max_tokens=4000)))
+    executor = ScriptedExecutor(adds)
+    [draft] = drive([loop.generate(PROBLEM, "p#0")], engine, executor, grade=Draft.grade)
+    assert draft.dropped == "rejected" and draft.codes == [] and not draft.errors and len(engine.requests) == 2
+    assert str(loop.rejections["p#0"]).startswith("http://critic")
 
 
 def test_a_block_of_the_actor_without_prose_gets_its_reasoning_from_the_critic():

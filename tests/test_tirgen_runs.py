@@ -319,11 +319,12 @@ def test_a_request_that_the_server_rejects_costs_its_try_only(monkeypatch, capsy
 
 
 def test_a_server_that_rejects_every_request_ends_the_run(monkeypatch):
+    """The tries that it rejected are not saved, so that the run can be resumed once the server is right."""
     monkeypatch.setattr(run_tirgen, "MAX_REJECTED", 3)
     rejecting(monkeypatch, lambda name: True)
     with pytest.raises(RequestRejected):
         main([*FLAGS, "--out", "rejected"])
-    assert len(lines("rejected/drafts.jsonl")) == 3
+    assert not Path("rejected/drafts.jsonl").exists() or lines("rejected/drafts.jsonl") == []
 
 
 def test_rows_are_written_before_the_alignment_is_measured(monkeypatch):
@@ -356,6 +357,13 @@ def test_alignment_is_the_mean_log_prob_of_the_tokens_that_are_learned(tokenizer
     assert (result["trajectories_scored"], result["critic_solutions_scored"]) == (2, 2)
     engine.reply = lambda request, turn: "x" * 5000  # no solution ends
     assert policy_alignment(engine, engine, Tools(), drafts, Sampling(40))["critic_solutions"] is None
+
+    def reject():
+        raise RequestRejected("http://critic: rejected the request with 400", engine.queue.pop(0).id)
+
+    engine.step = reject
+    rejected = policy_alignment(engine, engine, Tools(), drafts, Sampling(4000))
+    assert rejected == result | {"critic_solutions": None, "critic_solutions_scored": 0}
 
 
 def test_alignment_is_in_the_summary_of_a_run_that_sampled(monkeypatch, capsys):

@@ -814,7 +814,8 @@ def test_full_disk_is_a_one_line_error_and_keeps_what_is_complete(run, tokenizer
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
-    assert (run / "checkpoints/latest.pt").read_bytes() == latest and not (run / "final").exists()
+    assert (run / "checkpoints/latest.pt").read_bytes() == latest
+    assert not (run / "final").exists() and not list(run.folder.rglob("*.tmp")), "a partial file keeps the disk full"
     write()
 
 

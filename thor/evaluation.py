@@ -21,7 +21,7 @@ from thor.distributed import cpu_workers, rank
 from thor.engines import Engine, is_reproducible
 from thor.metrics import Score, equal_classes
 from thor.rollout import Sampling, solve
-from thor.run_folder import to_line, write_atomic
+from thor.run_folder import to_line, write_atomic, writing
 from thor.sandbox import Executor
 from thor.settings import UserError
 from thor.text import decode, extract_answer
@@ -182,7 +182,7 @@ class ScoreLog:
             )
             for score, t in zip(scores, trajectories, strict=True)
         ]
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
     def read(self) -> dict[str, list[dict]]:

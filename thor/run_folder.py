@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from safetensors import SafetensorError
 
 from thor.distributed import gather, rank
 from thor.settings import UserError
@@ -169,10 +168,11 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_) -> None:
-        """Finish the trackers."""
+    def __exit__(self, fault: type | None, *_) -> None:
+        """Finish the trackers. After an error, TensorBoard's own one, as on a full disk, does not replace it."""
         while self._trackers:
-            self._trackers.pop().finish()
+            with contextlib.suppress(*[OSError] if fault else []):
+                self._trackers.pop().finish()
 
     @contextlib.contextmanager
     def whole_folder(self, name: str) -> Iterator[Path]:
@@ -182,13 +182,14 @@ class Run:
             return
         target, temporary, old = self / name, self / f"{name}.tmp", self / f"{name}.old"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        with writing(target):
-            yield temporary
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(target, old)
-        os.replace(temporary, target)
+        with writing(target, temporary):
+            temporary.mkdir(parents=True)
+        yield temporary
+        with writing(target, temporary):
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(target, old)
+            os.replace(temporary, target)
         shutil.rmtree(old, ignore_errors=True)  # also one left by a run that was killed between the two renames
 
 
@@ -227,16 +228,22 @@ def to_line(record: dict) -> str:
 def write_atomic(path: Path, text: str) -> None:
     """Write a file that is complete or not there."""
     temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with writing(path, temporary):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write, as to a full disk, into a UserError. torch and safetensors raise errors of their own."""
+def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turn a failed write, as to a full disk, into a UserError, and remove what `temporary` holds so far.
+
+    For nothing but writes: torch, safetensors and tokenizers raise errors of their own, so it takes all of them.
+    """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
         why = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written ({why}); is the disk full? --resume continues the run") from error

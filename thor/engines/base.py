@@ -138,7 +138,10 @@ class Engine(Protocol):
         """Queue a request. Raises ValueError if the engine cannot serve it."""
 
     def step(self) -> list[Completion]:
-        """Advance sampling a little, and return the completions finished since the last call, in any order."""
+        """Advance sampling a little, and return the completions finished since the last call, in any order.
+
+        May raise RequestRejected for a single request, which has ended with that. The others are not affected.
+        """
 
     def has_work(self) -> bool:
         """Whether `step` has not returned the completion of some request yet."""

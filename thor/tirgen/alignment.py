@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thor.engines import Engine, is_reproducible
+from thor.engines import Engine, RequestRejected, is_reproducible
 from thor.rollout import Sampling, solve
 from thor.sandbox import Executor
 from thor.text import decode
@@ -20,7 +20,11 @@ def policy_alignment(
     """
     deterministic = is_reproducible(critic)
     problems = [draft.problem for draft in drafts]
-    solutions = solve(critic, executor, problems, sampling, deterministic=deterministic)
+    try:
+        solutions = solve(critic, executor, problems, sampling, deterministic=deterministic)
+    except RequestRejected as error:  # it would be again, and a resumed run would end here too
+        print(f"{error}; the critic's own solutions are not scored")
+        solutions = []
     texts = {
         "trajectories": [(draft.problem, draft.segments) for draft in drafts],
         "critic_solutions": [(s.problem, to_segments(s, critic.tokenizer)) for s in solutions if s.finish == "stop"],

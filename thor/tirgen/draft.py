@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from thor.prompts import Prompt, load_prompt, observation_text, opened_thought
 from thor.text import encode, extract_answer
 from thor.trajectory import ExecResult, Problem, Trajectory
+from thor.verify import verify
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -54,6 +55,11 @@ class Draft:
     @property
     def answer(self) -> str | None:
         return extract_answer(self.policy_text)
+
+    def grade(self) -> None:
+        """Verify the answer."""
+        answer = self.answer if self.finished and not self.dropped else None
+        self.correct = answer is not None and verify(answer, self.problem.answer)
 
     def has_prose(self, text: str) -> bool:
         """Whether a block that follows `text` at the end of the draft has prose before it, after the last output."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from thor.attention import common_prefix
 from thor.demo import few_shot_actor, few_shot_critic, few_shot_plain
@@ -21,6 +21,12 @@ from thor.tirgen.draft import THINK, Draft
 
 FEW_SHOT = "few-shot"  # name of the prompts for small base models
 FIELDS = (QUESTION, "{solution}", "{step}")  # what a prompt of the critic must contain
+
+
+def critic_sampling(settings: Any) -> Any:
+    """The settings with the critic's temperature, top_p and top_k in place of the actor's."""
+    own = {name: getattr(settings, f"critic_{name}") for name in ("temperature", "top_p", "top_k")}
+    return replace(settings, **{name: value for name, value in own.items() if value is not None})
 
 
 class StepStop(FenceParser):

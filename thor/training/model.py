@@ -22,6 +22,7 @@ from thor.attention import use_layout_attention
 from thor.demo import DEMO_MODEL, ModelError, demo_model
 from thor.distributed import barrier, rank, world_size
 from thor.prompts import Prompt
+from thor.run_folder import writing
 
 try:
     from thor.fast_cpu import optimize_for_cpu
@@ -92,10 +93,11 @@ def save_model(model: PreTrainedModel, tokenizer, folder: Path, prompt: Prompt |
         # named_parameters lists tied parameters once, under the name that transformers stores
         names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         policy = {name: state[name] for name in state if name in names and not name.startswith("value_head.")}
-        model.save_pretrained(folder, state_dict=policy)
-        tokenizer.save_pretrained(folder)
-        if prompt:
-            prompt.save(folder)
+        with writing(folder, folder):
+            model.save_pretrained(folder, state_dict=policy)
+            tokenizer.save_pretrained(folder)
+            if prompt:
+                prompt.save(folder)
     barrier()
 
 

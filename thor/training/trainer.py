@@ -148,8 +148,7 @@ def collate(samples: list[Sample], counts: Counts, device: torch.device | str = 
 
 def rank_batches(sequences: list[list[int]], budget: int, tree: bool = True) -> list[list[int]]:
     """This rank's micro-batches. All ranks get the same number, in order of size; some may be empty."""
-    ranks = world_size()
-    if ranks == 1:
+    if (ranks := world_size()) == 1:
         return list(micro_batches(sequences, budget, tree))
     fair = -(-distinct_tokens(sequences, tree) // ranks)
     batches = list(micro_batches(sequences, min(budget, fair), tree))
@@ -344,14 +343,14 @@ class Trainer:
             saved["optimizer"] = full_state.get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE)
         if rank() == 0:
             folder = self.run / CHECKPOINTS
-            folder.mkdir(exist_ok=True)
             path, temporary, link = (folder / f for f in (f"{state['iteration']:06d}.pt", "checkpoint.tmp", "link.tmp"))
-            with writing(path):
+            with writing(path, temporary):
+                folder.mkdir(exist_ok=True)
                 torch.save(saved, temporary)
                 os.replace(temporary, path)
-            link.unlink(missing_ok=True)  # left by a run that was killed here
-            link.symlink_to(path.name)
-            os.replace(link, folder / "latest.pt")
+                link.unlink(missing_ok=True)  # left by a run that was killed here
+                link.symlink_to(path.name)
+                os.replace(link, folder / "latest.pt")
             found = sorted(folder.glob("[0-9]*.pt"))
             newer = found.index(path) + 1  # a killed run may have left a later checkpoint that was never linked
             for other in found[: max(0, newer - self.settings.keep)] + found[newer:]:

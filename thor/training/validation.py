@@ -18,7 +18,7 @@ from thor.evaluation import evaluate
 from thor.metrics import mean_interval, summarize, table
 from thor.prompts import Prompt
 from thor.rollout import Sampling
-from thor.run_folder import Run, finite
+from thor.run_folder import Run, finite, write_atomic
 from thor.sandbox import Executor
 from thor.settings import UserError, derive_seed, user_errors
 from thor.training.model import policy_parameters, save_model
@@ -120,8 +120,7 @@ class Validation:
     def save_scores(self, folder: Path) -> None:
         """Write the last scores into the folder of the model that they are of."""
         if self.last and rank() == 0:
-            scores = {self.key(name): record for name, record in self.last.items()}
-            (folder / SCORES).write_text(json.dumps(scores) + "\n")
+            write_atomic(folder / SCORES, json.dumps({self.key(name): r for name, r in self.last.items()}) + "\n")
 
     def report(self) -> str:
         """Where the models are; for each source the table of its first and last validation, and the paired difference.
