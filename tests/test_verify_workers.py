@@ -133,6 +133,7 @@ if sys.argv[1] == "killed, with a child that holds the pipes":
         os._exit(0)
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "interrupted":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
     os.kill(0, signal.SIGINT)
     time.sleep(60)
 """
