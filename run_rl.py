@@ -101,9 +101,9 @@ class Settings(TrainSettings):
     is_level: Literal["token", "sequence"] = setting("token", "weight per token, or a sequence's product", "objective")
     kl_coef: float = by_model(0.05, 0.0, "weight of the KL to the initial model, k3 (paper: 0)", "objective", min=0)
     entropy_coef: float = setting(0.0, "weight of an entropy bonus (paper: 0)", "objective")
-    improper: Literal["zero", "drop"] = setting("zero", "improper responses: reward 0, or dropped (paper)", "objective")
+    improper: Literal["zero", "drop"] = setting("zero", "improper responses: reward 0, or drop (official)", "objective")
     failed_code: Literal["continue", "drop"] = setting(
-        "continue", "after a block that fails, continue, or end and drop the trajectory (paper)", "objective"
+        "continue", "after a block that fails, continue, or end and drop the trajectory (official run)", "objective"
     )
     step_problems: Literal["all", "solved"] = setting(
         "solved", "failed steps to regenerate: of all problems (paper), or of those with a right answer", "objective"
