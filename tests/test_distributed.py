@@ -257,6 +257,15 @@ def test_rl_on_several_ranks_gives_the_metrics_of_one_process(work, one_rank, ra
     assert configs[0] == configs[1]
 
 
+def test_a_problem_drawn_twice_gets_other_samples_on_many_ranks_too(work):
+    """One rank numbers all samples of a problem. On two, their seeds would be equal, and so would the samples."""
+    for ranks in (1, 2):
+        flags = ["--limit", "1", "--iterations", "2", "--out", f"twice{ranks}"]  # 3 prompts an iteration
+        done = torchrun(ranks, RUN_RL, *RL, *flags, cwd=work)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_metrics(read_metrics(work / "twice2"), read_metrics(work / "twice1"))
+
+
 def test_accelerate_launch_gives_the_metrics_of_one_process(work, one_rank):
     done = accelerate_launch(2, RUN_RL, *RL, "--out", "accelerate", cwd=work)
     assert done.returncode == 0, done.stderr[-3000:]

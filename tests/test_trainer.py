@@ -863,6 +863,15 @@ def test_deterministic_rollout_does_not_depend_on_the_speed_of_tools(tokenizer):
     assert order == order_of_requests(tokenizer, [0.15, 0.1, 0.05, 0.0]) and len(order) == 8
 
 
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_step_level_is_deterministic_if_the_engine_is_reproducible(monkeypatch, reproducible):
+    options = []
+    monkeypatch.setattr(run_rl, "is_reproducible", lambda engine: reproducible)
+    monkeypatch.setattr(run_rl, "drive", lambda *_, **given: options.append(given) or [])
+    sample_steps(None, None, [], 0, SETTINGS)
+    assert options == [{"deterministic": reproducible}]
+
+
 def test_resume_accepts_only_settings_that_do_not_change_results(run):
     allowed = dict(device="cuda", rows=3, kv_tokens=999, tree=False, gradient_checkpointing=True, rank_timeout=9.0)
     allowed |= dict(max_tokens_per_micro_batch=7, iterations=99, save_every=5, keep=1, evaluate=True, report_to="none")
