@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import time
 from collections import Counter
@@ -22,8 +23,9 @@ from thor.settings import UserError, parse_settings
 from thor.tirgen import report
 from thor.tirgen.alignment import policy_alignment
 from thor.tirgen.draft import Draft
+from thor.tirgen.filters import Candidate, Selection
 from thor.tirgen.problems import Overlap, exclude, take_shard
-from thor.tirgen.store import read_drafts, read_names
+from thor.tirgen.store import read_drafts, read_names, write_rows
 from thor.trajectory import ExecResult, Problem
 
 PROBLEMS = 6
@@ -225,6 +227,22 @@ def test_no_output_that_a_model_invents_is_learned(monkeypatch, prompts):
         assert learned.count("```python") == row["calls"]
         observed = [s["text"] for s in row["segments"] if not s["sampled"]]
         assert observed == [f"```output\n{row['answer']}\n```\n"] * row["calls"]
+
+
+def test_rows_that_a_full_disk_refuses_are_a_one_line_error(tmp_path):
+    """A limit on the size of files stands for a full disk. The row is small enough to be written on closing only."""
+    drafts = tmp_path / "drafts.jsonl"
+    drafts.write_text(json.dumps(Draft(Problem("p", "?" * 4000), "p#0").to_record()) + "\n")
+    [(where, _)] = read_drafts([drafts])
+    selection = Selection(kept=[Candidate("p#0", "p", 0, where)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match="tir.jsonl: cannot be written"):
+            write_rows(tmp_path / "tir.jsonl", selection)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.glob("tir.jsonl*"))
 
 
 def test_a_cut_off_line_is_removed(tmp_path):

@@ -182,10 +182,14 @@ class Run:
             return
         target, temporary, old = self / name, self / f"{name}.tmp", self / f"{name}.old"
         shutil.rmtree(temporary, ignore_errors=True)
-        with writing(target, temporary):
+        with writing(target):
             temporary.mkdir(parents=True)
-        yield temporary
-        with writing(target, temporary):
+        try:
+            yield temporary
+        except Exception:  # on a full disk, what there is of it would keep the disk full
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        with writing(target):  # a complete folder stays, even if it cannot be renamed
             if target.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(target, old)
@@ -235,7 +239,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Turn a failed write, as to a full disk, into a UserError, and remove what `temporary` holds so far.
+    """Turn a failed write, as to a full disk, into a UserError, and remove the file `temporary`.
 
     For nothing but writes: torch, safetensors and tokenizers raise errors of their own, so it takes all of them.
     """
@@ -244,6 +248,6 @@ def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
     except Exception as error:
         if temporary:
             with contextlib.suppress(OSError):
-                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+                temporary.unlink()
         why = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written ({why}); is the disk full? --resume continues the run") from error

@@ -135,13 +135,11 @@ def from_row(row: Any, where: str) -> tuple[Problem, list[tuple[str, bool]]]:
 def write_rows(path: Path, selection: Selection) -> KeptStatistics:
     """Write the rows of the trajectories that the filter kept, one at a time, and count what is in them."""
     statistics, temporary = KeptStatistics(), path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with writing(path, temporary), temporary.open("w", encoding="utf-8") as file:  # closing it writes, too
         for candidate in selection.kept:
             draft = read_draft(candidate.where)
             statistics.add(draft, selection.rates[draft.problem.id])
             row = to_row(draft, selection.rates[draft.problem.id])
-            with writing(path):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     temporary.replace(path)
     return statistics

@@ -93,7 +93,7 @@ def save_model(model: PreTrainedModel, tokenizer, folder: Path, prompt: Prompt |
         # named_parameters lists tied parameters once, under the name that transformers stores
         names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         policy = {name: state[name] for name in state if name in names and not name.startswith("value_head.")}
-        with writing(folder, folder):
+        with writing(folder):
             model.save_pretrained(folder, state_dict=policy)
             tokenizer.save_pretrained(folder)
             if prompt:
