@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import resource
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -41,6 +44,17 @@ hypothesis.settings.register_profile(  # no time limits, which would depend on t
 hypothesis.settings.load_profile("thor")
 
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Refuse to write more than `size` bytes to a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def byte_tokenizer(words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:

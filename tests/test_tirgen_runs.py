@@ -5,14 +5,13 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer
+from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer, full_disk
 
 import run_tirgen
 from run_tirgen import Settings, main, resolve
@@ -230,18 +229,13 @@ def test_no_output_that_a_model_invents_is_learned(monkeypatch, prompts):
 
 
 def test_rows_that_a_full_disk_refuses_are_a_one_line_error(tmp_path):
-    """A limit on the size of files stands for a full disk. The row is small enough to be written on closing only."""
+    """The row is small enough to be written on closing only."""
     drafts = tmp_path / "drafts.jsonl"
     drafts.write_text(json.dumps(Draft(Problem("p", "?" * 4000), "p#0").to_record()) + "\n")
     [(where, _)] = read_drafts([drafts])
     selection = Selection(kept=[Candidate("p#0", "p", 0, where)])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(UserError, match="tir.jsonl: cannot be written"):
-            write_rows(tmp_path / "tir.jsonl", selection)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(1000), pytest.raises(UserError, match="tir.jsonl: cannot be written"):
+        write_rows(tmp_path / "tir.jsonl", selection)
     assert not list(tmp_path.glob("tir.jsonl*"))
 
 

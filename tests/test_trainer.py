@@ -5,7 +5,6 @@ import math
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer, tiny_llama
+from conftest import ScriptedEngine, ScriptedExecutor, byte_tokenizer, full_disk, tiny_llama
 from test_learning import BAD, GOOD, RIGHT, SETTINGS, WRONG, cold_start
 from tqdm import tqdm
 
@@ -789,7 +788,6 @@ def test_interrupted_save_leaves_no_checkpoint_and_does_not_hinder_the_next(run,
 
 @pytest.mark.parametrize("writes", ["log", "settings", "checkpoint", "model"])
 def test_full_disk_is_a_one_line_error_and_keeps_what_is_complete(run, tokenizer, writes):
-    """A limit on the size of files stands for a full disk."""
     model = tiny_llama(tokenizer)
     trainer = Trainer(model, run, SETTINGS)
     trainer.save({"iteration": 1})
@@ -806,13 +804,8 @@ def test_full_disk_is_a_one_line_error_and_keeps_what_is_complete(run, tokenizer
             with run.whole_folder("final") as folder:
                 save_model(model, tokenizer, folder)
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        with pytest.raises(UserError, match=r"cannot be written \(.*\); is the disk full\?") as caught:
-            write()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(10_000), pytest.raises(UserError, match=r"cannot be written \(.*\); is the disk full\?") as caught:
+        write()
     assert "\n" not in str(caught.value)
     assert (run / "checkpoints/latest.pt").read_bytes() == latest
     assert not (run / "final").exists() and not list(run.folder.rglob("*.tmp")), "a partial file keeps the disk full"
